@@ -1,0 +1,26 @@
+# The two commands of a newcomer are `make serve` and `make test`; the others are parts of them.
+
+PYTHON ?= python3
+PORT ?= 8000
+# What a machine without a lock on versions may not change: builds use Cargo.lock as it is.
+CARGO_FLAGS ?= --locked
+
+.PHONY: serve model build test fmt lint
+
+serve: model build
+	exec ./target/release/tandem serve "$$($(PYTHON) scripts/fetch-model.py)" --served-model-name smollm2-135m-instruct --port $(PORT)
+
+model:
+	@$(PYTHON) scripts/fetch-model.py > /dev/null
+
+build:
+	cargo build --release $(CARGO_FLAGS) --package tandem-server --bin tandem
+
+test: fmt lint model
+	cargo test --workspace $(CARGO_FLAGS)
+
+fmt:
+	cargo fmt --all --check
+
+lint:
+	cargo clippy --workspace --all-targets $(CARGO_FLAGS) -- --deny warnings

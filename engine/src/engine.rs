@@ -1,0 +1,463 @@
+//! The step loop: receive, schedule, run, account, publish, emit.
+//!
+//! Everything here belongs to one thread. A step's counts are published before its events go out, so whoever
+//! has read the end of a stream finds it counted. Events of a step leave together, one message per request.
+
+use std::collections::HashMap;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use crate::block_manager::BlockManager;
+use crate::config::EngineConfig;
+use crate::environment::Environment;
+use crate::error::{ExecutorError, RequestFailure, RowError};
+use crate::executor::{Executor, SampledToken, StepOutput};
+use crate::handle::{Command, EngineHandle, Shared, Submission};
+use crate::prefix_cache::ChainHasher;
+use crate::recorder::Recorder;
+use crate::request_state::{Choice, RequestState};
+use crate::sample_row::{RowKind, SampleRow};
+use crate::scheduler::{Limits, Schedule, Scheduler};
+use crate::sequence::{Sequence, SequenceKey};
+use crate::stream::{Event, FinishReason, Outlet, STREAM_CAPACITY};
+
+/// The step thread's state. [`crate::spawn`] drives it; tests call [`Engine::step`] themselves.
+pub struct Engine {
+    shared: Arc<Shared>,
+    commands: mpsc::Receiver<Command>,
+    executor: Box<dyn Executor>,
+    hasher: ChainHasher,
+    scheduler: Scheduler,
+    /// By serial number.
+    requests: HashMap<u64, RequestState>,
+    recorder: Recorder,
+    num_steps: u64,
+    stopping: bool,
+    /// Requests in flight with something to say.
+    touched: Vec<u64>,
+    /// Outlets of ended requests, until their last events are out.
+    departing: Vec<(Outlet, Option<RequestFailure>)>,
+}
+
+/// What a call of [`Engine::step`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepStatus {
+    /// Something was computed; there may be more.
+    Worked,
+    /// Nothing can run before a command comes.
+    Idle,
+    /// The engine has been shut down or cannot go on; every request has been ended.
+    Stopped,
+}
+
+/// What the answer to a row is for.
+#[derive(Clone, Copy)]
+enum RowTarget {
+    /// Of planned sequence `planned`, scored prompt token.
+    Score { planned: usize },
+    /// Of planned sequence `planned`, a token of `choice`.
+    Draw { planned: usize, choice: u32 },
+}
+
+impl Engine {
+    /// An engine that steps when it is told to, and the way to talk to it.
+    ///
+    /// # Panics
+    /// When the configuration's sizes make no engine.
+    pub fn new(
+        executor: Box<dyn Executor>,
+        config: EngineConfig,
+        environment: Environment,
+    ) -> (Self, EngineHandle) {
+        Self::with_stream_capacity(executor, config, environment, STREAM_CAPACITY)
+    }
+
+    /// The same with another bound on the step messages that wait in a stream.
+    pub(crate) fn with_stream_capacity(
+        executor: Box<dyn Executor>,
+        config: EngineConfig,
+        environment: Environment,
+        stream_capacity: usize,
+    ) -> (Self, EngineHandle) {
+        config.assert_valid();
+        let hasher = ChainHasher::new(environment.cache_secret, config.model_fingerprint, config.block_size);
+        let limits = Limits {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_logits_rows: config.max_logits_rows(),
+            block_size: config.block_size,
+        };
+        let scheduler = Scheduler::new(limits, BlockManager::new(&config, hasher.clone()));
+        let recorder = Recorder::new(&config, environment.clock.now());
+        let shared = Arc::new(Shared::new(config, environment, stream_capacity));
+        let (sender, commands) = mpsc::channel();
+        let handle = EngineHandle::new(shared.clone(), sender);
+        let engine = Self {
+            shared,
+            commands,
+            executor,
+            hasher,
+            scheduler,
+            requests: HashMap::new(),
+            recorder,
+            num_steps: 0,
+            stopping: false,
+            touched: Vec::new(),
+            departing: Vec::new(),
+        };
+        (engine, handle)
+    }
+
+    /// Takes in what was submitted and cancelled, and runs one step if anything can run.
+    pub fn step(&mut self) -> StepStatus {
+        self.receive();
+        let worked = !self.stopping && self.run_step();
+        if self.stopping {
+            self.release_all();
+            return StepStatus::Stopped;
+        }
+        self.publish();
+        self.emit();
+        if worked { StepStatus::Worked } else { StepStatus::Idle }
+    }
+
+    /// Checks, between steps, that blocks, tables and queues agree; the message names the first
+    /// contradiction.
+    pub fn check_integrity(&self) -> Result<(), String> {
+        self.scheduler.check_integrity()
+    }
+
+    /// Sleeps until a command comes, at most `timeout`.
+    pub(crate) fn wait(&mut self, timeout: Duration) {
+        match self.commands.recv_timeout(timeout) {
+            Ok(command) => self.obey(command),
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            // Nobody is left who could ask for or read anything.
+            Err(mpsc::RecvTimeoutError::Disconnected) => self.stopping = true,
+        }
+    }
+
+    /// Ends every stream and counts what had not ended as failed. Looks at nothing that a panic may have left
+    /// half done.
+    pub(crate) fn fail_all(&mut self, failure: RequestFailure) {
+        self.shared.publish(self.recorder.final_snapshot(failure.code));
+        for (mut outlet, own_failure) in self.departing.drain(..) {
+            outlet.flush();
+            outlet.end(own_failure);
+        }
+        for (_, request) in self.requests.drain() {
+            let mut outlet = request.outlet;
+            outlet.flush();
+            outlet.end(Some(failure.clone()));
+        }
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    fn receive(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => self.add(submission),
+            Command::Cancel { serial } => self.cancel(serial),
+            Command::FinishChoice { serial, choice } => self.finish_by_reader(serial, choice),
+            Command::Wake => {}
+            Command::Shutdown => self.stopping = true,
+        }
+    }
+
+    fn add(&mut self, submission: Submission) {
+        let (request, prompt, salt) =
+            RequestState::new(submission.accept(), &self.shared.config.eos_token_ids);
+        tracing::debug!(id = request.id, prompt_tokens = request.prompt_len, "request admitted");
+        self.recorder.admitted();
+        self.scheduler.add(Sequence {
+            key: request.key(0),
+            prompt_len: prompt.len(),
+            tokens: prompt,
+            context_len: 0,
+            block_table: Vec::new(),
+            chain: self.hasher.start(salt.as_deref()),
+            num_choices: request.params.n as usize,
+            samples: request.params.max_tokens > 0,
+            num_scored: request.prompt_logprobs.as_ref().map(|_| 1),
+            cached_tokens: None,
+        });
+        self.requests.insert(request.serial, request);
+    }
+
+    fn cancel(&mut self, serial: u64) {
+        // A request that ended before its reader went away is counted already.
+        if let Some(request) = self.requests.remove(&serial) {
+            request.keys().for_each(|key| self.scheduler.remove(&key));
+            self.recorder.cancelled();
+            tracing::debug!(id = request.id, "request cancelled");
+        }
+    }
+
+    /// The reader found a stop string in a choice's text.
+    fn finish_by_reader(&mut self, serial: u64, choice: u32) {
+        let Some(request) = self.requests.get_mut(&serial) else { return };
+        // A choice that has drawn nothing has no text: the shared prompt is never ended this way.
+        let is_open = |state: &&mut Choice| state.finish.is_none() && state.num_output > 0;
+        let Some(state) = request.choices.get_mut(choice as usize).filter(is_open) else { return };
+        let reason = FinishReason::Stop(None);
+        state.finish = Some(reason);
+        request.outlet.push(Event::Finished { choice, reason });
+        let key = request.key(choice);
+        self.scheduler.remove(&key);
+        self.touched.push(serial);
+        self.complete_if_finished(serial);
+    }
+
+    /// False when there was nothing to do.
+    fn run_step(&mut self) -> bool {
+        let requests = &self.requests;
+        let mut schedule = self.scheduler.schedule(|key| requests[&key.serial].outlet.has_room());
+        if schedule.keys.is_empty() {
+            return schedule.preempted;
+        }
+        schedule.plan.step = self.num_steps;
+        self.num_steps += 1;
+        self.note_first_steps(&schedule);
+
+        let poisoned = self.scheduler.blocks_mut().take_blocks_to_poison();
+        if !poisoned.is_empty() {
+            self.executor.poison_blocks(&poisoned);
+        }
+        let start = self.shared.environment.clock.now();
+        let (rows, targets) = rows_of(&schedule, &self.scheduler, &self.requests);
+        let result = self.executor.run(&schedule.plan, &rows);
+        drop(rows);
+        let elapsed = self.shared.environment.clock.now().saturating_duration_since(start);
+
+        self.scheduler.blocks_mut().finish_step();
+        match result.and_then(|output| check_output(output, targets.len())) {
+            Ok(output) => {
+                self.recorder.step(&schedule, &self.scheduler, elapsed);
+                self.account(&schedule, targets, output);
+            }
+            Err(error) => self.fail_step(&schedule, &error),
+        }
+        true
+    }
+
+    fn note_first_steps(&mut self, schedule: &Schedule) {
+        let now = self.shared.environment.clock.now();
+        for key in &schedule.keys {
+            let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
+            if request.first_scheduled.is_none() {
+                request.first_scheduled = Some(now);
+                request.ticket = None;
+                let cached_tokens = self.scheduler.get(key).and_then(|sequence| sequence.cached_tokens);
+                self.recorder.first_scheduled(request, cached_tokens.unwrap_or(0), now);
+            }
+        }
+    }
+
+    /// Brings the answers of a step to their requests.
+    fn account(&mut self, schedule: &Schedule, targets: Vec<RowTarget>, output: StepOutput) {
+        self.fail_bad_rows(schedule, &targets, &output);
+        for (key, planned) in schedule.keys.iter().zip(&schedule.plan.sequences) {
+            // Failed requests are gone by now.
+            if self.requests.contains_key(&key.serial) {
+                self.scheduler.commit(key, planned.token_ids.len());
+                self.touched.push(key.serial);
+            }
+        }
+        let mut draws = Vec::new();
+        for (target, answer) in targets.into_iter().zip(output.rows) {
+            let Ok(answer) = answer else { continue };
+            match target {
+                RowTarget::Score { planned } => self.score(&schedule.keys[planned], answer),
+                RowTarget::Draw { planned, choice } => draws.push((schedule.keys[planned], choice, answer)),
+            }
+        }
+        // Scores are complete now, and tokens come after them.
+        schedule.keys.iter().for_each(|key| self.start_choices(key));
+        for (key, choice, answer) in draws {
+            self.take_token(&SequenceKey { choice, ..key }, answer);
+        }
+        schedule.keys.iter().for_each(|key| self.complete_if_finished(key.serial));
+    }
+
+    /// A row from which nothing could be drawn ends its request, and its request only.
+    fn fail_bad_rows(&mut self, schedule: &Schedule, targets: &[RowTarget], output: &StepOutput) {
+        let vocab_size = self.shared.config.vocab_size;
+        for (target, answer) in targets.iter().zip(&output.rows) {
+            let (RowTarget::Score { planned } | RowTarget::Draw { planned, .. }) = *target;
+            let error = match answer {
+                Ok(answer) if (answer.token as usize) < vocab_size => continue,
+                Ok(_) => RowError::OutsideVocabulary,
+                Err(error) => *error,
+            };
+            self.fail(schedule.keys[planned].serial, error.into());
+        }
+    }
+
+    fn score(&mut self, key: &SequenceKey, answer: SampledToken) {
+        let Some(request) = self.requests.get_mut(&key.serial) else { return };
+        let Some(scores) = &mut request.prompt_logprobs else { return };
+        scores.push(answer.logprobs);
+        let num_scored = scores.len();
+        if let Some(sequence) = self.scheduler.get_mut(key) {
+            sequence.num_scored = Some(num_scored);
+        }
+    }
+
+    /// When the prompt has just been computed: says so, and forks its further choices.
+    fn start_choices(&mut self, key: &SequenceKey) {
+        let Some(request) = self.requests.get_mut(&key.serial) else { return };
+        let Some(sequence) = self.scheduler.get(key) else { return };
+        if request.prompt_computed.is_some() || sequence.context_len < request.prompt_len {
+            return;
+        }
+        let now = self.shared.environment.clock.now();
+        self.recorder.prompt_computed(request, now);
+        request.prompt_computed = Some(now);
+        request.outlet.push(Event::Started {
+            cached_tokens: sequence.cached_tokens.unwrap_or(0),
+            prompt_logprobs: request.prompt_logprobs.take(),
+        });
+        if sequence.samples {
+            (1..request.params.n).for_each(|choice| self.scheduler.fork(key, choice));
+            return;
+        }
+        for (choice, state) in request.choices.iter_mut().enumerate() {
+            state.finish = Some(FinishReason::Length);
+            request.outlet.push(Event::Finished { choice: choice as u32, reason: FinishReason::Length });
+        }
+    }
+
+    fn take_token(&mut self, key: &SequenceKey, answer: SampledToken) {
+        let Some(request) = self.requests.get_mut(&key.serial) else { return };
+        let Some(sequence) = self.scheduler.get_mut(key) else { return };
+        let SampledToken { token, logprobs } = answer;
+        let choice = key.choice;
+        sequence.tokens.push(token);
+
+        let now = self.shared.environment.clock.now();
+        let is_first = request.choices.iter().all(|choice| choice.num_output == 0);
+        self.recorder.token(request.arrival, is_first, &request.choices[choice as usize], now);
+        request.outlet.push(Event::Token { choice, token, logprobs });
+        if let Some(reason) = request.accept(choice, token, now) {
+            request.outlet.push(Event::Finished { choice, reason });
+            self.scheduler.remove(key);
+        }
+    }
+
+    fn complete_if_finished(&mut self, serial: u64) {
+        if !self.requests.get(&serial).is_some_and(RequestState::is_finished) {
+            return;
+        }
+        let Some(request) = self.requests.remove(&serial) else { return };
+        request.keys().for_each(|key| self.scheduler.remove(&key));
+        self.recorder.completed(&request, self.shared.environment.clock.now());
+        tracing::debug!(id = request.id, "request completed");
+        self.departing.push((request.outlet, None));
+    }
+
+    fn fail(&mut self, serial: u64, failure: RequestFailure) {
+        let Some(request) = self.requests.remove(&serial) else { return };
+        request.keys().for_each(|key| self.scheduler.remove_doubtful(&key));
+        self.recorder.errored(failure.code);
+        tracing::warn!(id = request.id, code = failure.code, reason = failure.message, "request failed");
+        self.departing.push((request.outlet, Some(failure)));
+    }
+
+    /// Nothing of the step can be trusted: its requests fail, the others go on.
+    fn fail_step(&mut self, schedule: &Schedule, error: &ExecutorError) {
+        tracing::error!(
+            step = schedule.plan.step,
+            reason = error.message,
+            fatal = error.fatal,
+            "step failed"
+        );
+        self.executor.abort();
+        for key in &schedule.keys {
+            self.fail(key.serial, RequestFailure::step_failed());
+        }
+        self.stopping |= error.fatal;
+    }
+
+    /// Stops: every request ends with a retryable failure, every block comes back.
+    fn release_all(&mut self) {
+        let serials: Vec<u64> = self.requests.keys().copied().collect();
+        serials.into_iter().for_each(|serial| self.fail(serial, RequestFailure::stopped()));
+        self.executor.abort();
+        self.publish();
+        self.emit();
+    }
+
+    fn publish(&mut self) {
+        let now = self.shared.environment.clock.now();
+        self.shared.publish(self.recorder.snapshot(self.requests.len(), &self.scheduler, now));
+    }
+
+    /// Sends what the step brought. Never waits: what finds no room stays in its outlet.
+    fn emit(&mut self) {
+        for serial in self.touched.drain(..) {
+            if let Some(request) = self.requests.get_mut(&serial) {
+                request.outlet.flush();
+            }
+        }
+        for (mut outlet, failure) in std::mem::take(&mut self.departing) {
+            if outlet.flush() || outlet.is_closed() || failure.is_some() {
+                outlet.end(failure);
+            } else {
+                self.departing.push((outlet, failure));
+            }
+        }
+    }
+}
+
+/// Everything wanted from the plan's rows of logits.
+fn rows_of<'a>(
+    schedule: &Schedule,
+    scheduler: &Scheduler,
+    requests: &'a HashMap<u64, RequestState>,
+) -> (Vec<SampleRow<'a>>, Vec<RowTarget>) {
+    let (mut rows, mut targets) = (Vec::new(), Vec::new());
+    let mut logits_row = 0;
+    for (planned, (key, plan)) in schedule.keys.iter().zip(&schedule.plan.sequences).enumerate() {
+        let request = &requests[&key.serial];
+        let sequence = scheduler.get(key).expect("planned sequences exist until their step is accounted");
+        for offset in &plan.logits_rows {
+            let position = (plan.context_len + offset) as usize;
+            if sequence.wants_score(position) {
+                let kind = RowKind::Score { target: sequence.tokens[position + 1] };
+                rows.push(SampleRow { logits_row, kind, logprobs: Some(request.prompt_top) });
+                targets.push(RowTarget::Score { planned });
+            } else {
+                // While the prompt is computed, all choices draw their first token from its last row.
+                for choice in key.choice..key.choice + sequence.num_choices as u32 {
+                    let kind = RowKind::Sample(request.draw(choice, position + 1));
+                    rows.push(SampleRow { logits_row, kind, logprobs: request.params.logprobs });
+                    targets.push(RowTarget::Draw { planned, choice });
+                }
+            }
+            logits_row += 1;
+        }
+    }
+    (rows, targets)
+}
+
+/// An executor that answers too little or too much has not run this plan.
+fn check_output(output: StepOutput, expected: usize) -> Result<StepOutput, ExecutorError> {
+    if output.rows.len() == expected {
+        return Ok(output);
+    }
+    let message = format!("{} answers to {expected} rows", output.rows.len());
+    Err(ExecutorError { message, fatal: false })
+}
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;

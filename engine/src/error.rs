@@ -1,0 +1,93 @@
+//! What can go wrong between a client's request and the executor, by who has to act on it.
+//!
+//! [`SubmitError`] is for the caller of `submit`, [`RequestFailure`] ends a stream, [`ExecutorError`] and
+//! [`RowError`] come up from the executor. Messages never hold prompts, tokens or paths.
+
+use thiserror::Error;
+
+/// A parameter that no engine of this configuration could honour; becomes a 400 that names the field.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{param}: {message}")]
+pub struct InvalidParam {
+    /// The field's name as the client wrote it, for example `max_tokens`.
+    pub param: &'static str,
+    /// Short, lowercase, without the field's name in front.
+    pub message: String,
+}
+
+impl InvalidParam {
+    pub(crate) fn new(param: &'static str, message: impl Into<String>) -> Self {
+        Self { param, message: message.into() }
+    }
+}
+
+/// Why a request was not taken. Nothing of it is counted or kept.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum SubmitError {
+    /// It could never run: a 400.
+    #[error(transparent)]
+    Invalid(#[from] InvalidParam),
+    /// The queue is full, in requests or in bytes: a 503 with `Retry-After`.
+    #[error("the queue is full")]
+    QueueFull,
+    /// The worker is shutting down and takes nothing new: a 503.
+    #[error("the worker is draining")]
+    Draining,
+    /// The step thread has ended: a 503.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// How an accepted request failed; the last event of its stream.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{message}")]
+pub struct RequestFailure {
+    /// HTTP status: 500 or 503.
+    pub code: u16,
+    /// For the client: no internals.
+    pub message: String,
+    /// Whether the same request may succeed elsewhere or later.
+    pub retryable: bool,
+}
+
+impl RequestFailure {
+    pub(crate) fn stopped() -> Self {
+        Self { code: 503, message: "the engine has stopped".into(), retryable: true }
+    }
+
+    pub(crate) fn panicked() -> Self {
+        Self { code: 500, message: "internal engine failure".into(), retryable: false }
+    }
+
+    pub(crate) fn step_failed() -> Self {
+        Self { code: 503, message: "the step could not be executed".into(), retryable: true }
+    }
+}
+
+impl From<RowError> for RequestFailure {
+    fn from(error: RowError) -> Self {
+        Self { code: 500, message: error.to_string(), retryable: false }
+    }
+}
+
+/// A whole step that could not be run. Every request of the step fails with a retryable 503.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{message}")]
+pub struct ExecutorError {
+    /// For the log.
+    pub message: String,
+    /// No later step can succeed either: the engine stops.
+    pub fatal: bool,
+}
+
+/// A logits row from which nothing can be drawn. Only its own request fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum RowError {
+    #[error("the model produced values that are not finite")]
+    NotFinite,
+    #[error("no token is allowed at this position")]
+    AllMasked,
+    /// The executor answered with a token id outside of the vocabulary.
+    #[error("the sampled token is outside of the vocabulary")]
+    OutsideVocabulary,
+}

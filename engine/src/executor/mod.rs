@@ -1,0 +1,41 @@
+//! The one thing the engine knows about computing: a step plan goes in, tokens come out.
+
+pub(crate) mod local;
+mod prepare;
+mod sample;
+
+use crate::error::{ExecutorError, RowError};
+use crate::sample_row::SampleRow;
+use crate::step_plan::StepPlan;
+use crate::stream::TokenLogprobs;
+
+/// Runs step plans, in the order given, on KV memory of its own.
+pub trait Executor: Send {
+    /// Copies blocks, computes the plan's tokens, and answers every row of `rows`.
+    ///
+    /// Only slots below each sequence's context and the plan's own may be read: the rest may hold anything,
+    /// NaN included.
+    fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError>;
+
+    /// Gives up whatever a failed step left half done; called after `run` failed and when the engine stops.
+    fn abort(&mut self);
+
+    /// Overwrites the KV of these blocks with NaN (tests switch it on). Called between steps, before the plan
+    /// that may use them again.
+    fn poison_blocks(&mut self, blocks: &[u32]);
+}
+
+/// Answers to the rows of a step.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct StepOutput {
+    /// One per [`SampleRow`], in their order.
+    pub rows: Vec<Result<SampledToken, RowError>>,
+}
+
+/// A token drawn, or the target of a scored row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledToken {
+    pub token: u32,
+    /// Set when the row asked for it.
+    pub logprobs: Option<TokenLogprobs>,
+}

@@ -1,0 +1,311 @@
+//! From a path and options to an executor, in two phases, so that a model is refused before any port opens.
+//!
+//! [`inspect`] reads headers, configuration and tokenizer metadata and checks the tensor table; [`Inspected::plan`]
+//! turns the machine's memory into a number of KV blocks; [`Inspected::load`] packs the weights. What the crate above
+//! needs of the crates below it gets here, as plain data.
+
+mod machine;
+mod plan;
+
+use std::path::PathBuf;
+
+use tandem_kernels::cpu::{Cpu, CpuOptions};
+use tandem_kernels::limits::{self, Limits};
+use tandem_kernels::{Activations, DType, Isa, KernelError, KvDType};
+use tandem_models::{GenerationConfig, Llama, LlamaOptions, ModelError, ModelFiles, TokenizerFiles};
+use thiserror::Error;
+
+pub use machine::{MachineInfo, machine_info};
+pub use plan::EnginePlan;
+
+use crate::config::EngineConfig;
+use crate::error::ExecutorError;
+use crate::executor::Executor;
+use crate::executor::local::LocalExecutor;
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// The files at the path.
+    #[default]
+    Auto,
+    /// Random weights in the shape of the path's `config.json`.
+    Dummy,
+}
+
+/// `--dtype`: the precision that is asked of weights, activations and KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ModelDType {
+    /// What the file's weights are made for: integer arithmetic for quantised weights, bf16 for BF16, f32 for the rest.
+    #[default]
+    Auto,
+    /// Everything in f32; quantised weights are expanded.
+    F32,
+    /// bf16 activations; quantised weights stay quantised, others become bf16.
+    Bf16,
+}
+
+/// What to load and how to compute with it.
+#[derive(Debug, Clone, Default)]
+pub struct ModelOptions {
+    pub path: PathBuf,
+    pub load_format: LoadFormat,
+    /// Type of dummy weights; BF16 if absent.
+    pub dummy_weights: Option<DType>,
+    pub dtype: ModelDType,
+    /// Overrides the arithmetic class that `dtype` implies.
+    pub activations: Option<Activations>,
+    /// Overrides the KV type that `dtype` implies.
+    pub kv_cache_dtype: Option<KvDType>,
+    /// Overrides the detected instruction set.
+    pub isa: Option<Isa>,
+    /// Overrides the number of worker threads, which is the number of CPUs that the process may use.
+    pub threads: Option<usize>,
+    /// Seed of dummy weights.
+    pub seed: u64,
+}
+
+/// Sizes of the engine; absent ones follow from model and machine.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Tokens of prompt and output together; the model's own limit if absent.
+    pub max_model_len: Option<usize>,
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
+    pub block_size: usize,
+    /// Memory of the KV pool; from the machine's free memory if absent.
+    pub kv_cache_memory_bytes: Option<u64>,
+    pub prefix_caching: bool,
+    pub max_queued_requests: usize,
+    pub max_queued_bytes: usize,
+    /// For tests: see [`EngineConfig::poison_freed_blocks`].
+    pub poison_freed_blocks: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        let config = EngineConfig::default();
+        Self {
+            max_model_len: None,
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            block_size: config.block_size,
+            kv_cache_memory_bytes: None,
+            prefix_caching: config.prefix_caching,
+            max_queued_requests: config.max_queued_requests,
+            max_queued_bytes: config.max_queued_bytes,
+            poison_freed_blocks: false,
+        }
+    }
+}
+
+/// Why a model was not loaded.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// An option that this model or machine cannot honour.
+    #[error("{option}: {reason}")]
+    Option {
+        /// The flag's name without dashes, for example `max-model-len`.
+        option: &'static str,
+        reason: String,
+    },
+    #[error("the executor could not be made: {0}")]
+    Executor(#[from] ExecutorError),
+}
+
+/// Facts about a model for people, routers and clients.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// What the path calls the model.
+    pub name: String,
+    pub architecture: String,
+    /// Storage type of most weights, for example `Q4_1`.
+    pub weights: String,
+    pub num_parameters: u64,
+    /// Size of the weights as stored.
+    pub file_bytes: u64,
+    pub vocab_size: usize,
+    pub max_position_embeddings: usize,
+    pub num_layers: usize,
+    pub hidden_size: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub bos_token_id: Option<u32>,
+    pub eos_token_ids: Vec<u32>,
+    pub fingerprint: [u8; 16],
+}
+
+/// How a loaded model is computed, with what a benchmark needs to compare it with the machine's limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BackendInfo {
+    pub backend: &'static str,
+    pub isa: &'static str,
+    pub threads: usize,
+    /// Arithmetic class of the linear layers.
+    pub activations: Activations,
+    /// Operations of all linear layers for one token, two per multiply-add; the LM head is not in it.
+    pub layer_flops_per_token: u64,
+    /// Operations of the LM head for one row of logits.
+    pub head_flops_per_row: u64,
+    /// Bytes of packed weights that a step reads.
+    pub weight_bytes: u64,
+    /// Bytes of KV that one token of context adds to what a decode step reads.
+    pub kv_bytes_per_token: u64,
+}
+
+/// A model that was checked but not loaded.
+pub struct Inspected {
+    options: ModelOptions,
+    files: ModelFiles,
+    info: ModelInfo,
+}
+
+/// A model that is ready to run.
+pub struct Loaded {
+    pub executor: Box<dyn Executor>,
+    pub config: EngineConfig,
+    pub plan: EnginePlan,
+    pub backend: BackendInfo,
+}
+
+/// Reads and checks everything but the weights themselves.
+///
+/// # Errors
+/// The first reason to refuse the model, naming file, field and value.
+pub fn inspect(options: &ModelOptions) -> Result<Inspected, LoadError> {
+    let files = match options.load_format {
+        LoadFormat::Auto => tandem_models::open(&options.path)?,
+        LoadFormat::Dummy => tandem_models::open_dummy(
+            &options.path,
+            options.dummy_weights.unwrap_or(DType::Bf16),
+            options.seed,
+        )?,
+    };
+    let config = &files.config;
+    let info = ModelInfo {
+        name: files.name.clone(),
+        architecture: "llama".into(),
+        weights: files.summary.dtype.name().into(),
+        num_parameters: files.summary.num_parameters,
+        file_bytes: files.summary.num_bytes,
+        vocab_size: config.vocab_size,
+        max_position_embeddings: config.max_position_embeddings,
+        num_layers: config.num_layers,
+        hidden_size: config.hidden_size,
+        num_heads: config.num_heads,
+        num_kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        bos_token_id: config.bos_token_id,
+        eos_token_ids: config.eos_token_ids.clone(),
+        fingerprint: files.fingerprint,
+    };
+    Ok(Inspected { options: options.clone(), files, info })
+}
+
+/// Measures what the machine can do at most, with the backend's own instructions and threads.
+///
+/// # Errors
+/// If the backend cannot be made with these options.
+pub fn measure_limits(options: &ModelOptions) -> Result<Limits, LoadError> {
+    Ok(limits::measure(&make_cpu(options)?))
+}
+
+impl Inspected {
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    pub fn tokenizer(&self) -> &TokenizerFiles {
+        &self.files.tokenizer
+    }
+
+    pub fn chat_template(&self) -> Option<&str> {
+        self.files.chat_template.as_deref()
+    }
+
+    pub fn generation(&self) -> &GenerationConfig {
+        &self.files.generation
+    }
+
+    /// Sizes that follow from model, machine and options. Needs no weights.
+    ///
+    /// # Errors
+    /// [`LoadError::Option`] if the options cannot be honoured.
+    pub fn plan(&self, options: &EngineOptions) -> Result<EnginePlan, LoadError> {
+        let free_bytes = machine::memory_available_bytes();
+        plan::plan(&self.files.config, self.activations(), self.kv_dtype(), options, free_bytes)
+    }
+
+    /// Packs the weights and takes the memory of the KV pool. May take seconds.
+    ///
+    /// # Errors
+    /// As [`Inspected::plan`]; also what packing finds.
+    pub fn load(self, options: &EngineOptions) -> Result<Loaded, LoadError> {
+        let plan = self.plan(options)?;
+        let config = EngineConfig {
+            vocab_size: self.info.vocab_size,
+            max_model_len: plan.max_model_len,
+            max_num_seqs: options.max_num_seqs,
+            max_num_batched_tokens: options.max_num_batched_tokens,
+            block_size: plan.block_size,
+            num_blocks: plan.num_blocks,
+            prefix_caching: options.prefix_caching,
+            max_queued_requests: options.max_queued_requests,
+            max_queued_bytes: options.max_queued_bytes,
+            eos_token_ids: self.info.eos_token_ids.clone(),
+            model_fingerprint: self.info.fingerprint,
+            poison_freed_blocks: options.poison_freed_blocks,
+        };
+        let llama_options = LlamaOptions {
+            activations: plan.activations,
+            max_tokens: config.max_num_batched_tokens,
+            max_logits_rows: config.max_logits_rows(),
+        };
+        let cpu = make_cpu(&self.options)?;
+        let name = self.info.name.clone();
+        let model_config = self.files.config.clone();
+        // The files' weights are dropped at the end of this function: what was packed needs them no longer.
+        let model = Llama::load(&cpu, &name, model_config, self.files.weights(), llama_options)?;
+        let backend = BackendInfo {
+            backend: "cpu",
+            isa: cpu.isa().name(),
+            threads: cpu.threads(),
+            activations: model.activations(),
+            layer_flops_per_token: model.layer_flops_per_token(),
+            head_flops_per_row: model.head_flops_per_row(),
+            weight_bytes: model.bytes_per_step(),
+            kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens as u64,
+        };
+        let executor = LocalExecutor::new(cpu, model, plan.num_blocks, plan.kv_dtype)?;
+        Ok(Loaded { executor: Box::new(executor), config, plan, backend })
+    }
+
+    fn activations(&self) -> Activations {
+        let of_file = match self.files.summary.dtype {
+            DType::Bf16 => Activations::Bf16,
+            DType::F32 | DType::F16 => Activations::F32,
+            DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => Activations::Int8,
+        };
+        self.options.activations.unwrap_or(match self.options.dtype {
+            ModelDType::Auto => of_file,
+            ModelDType::F32 => Activations::F32,
+            ModelDType::Bf16 => Activations::Bf16,
+        })
+    }
+
+    fn kv_dtype(&self) -> KvDType {
+        self.options.kv_cache_dtype.unwrap_or(match self.options.dtype {
+            ModelDType::F32 => KvDType::F32,
+            ModelDType::Auto | ModelDType::Bf16 => KvDType::Bf16,
+        })
+    }
+}
+
+fn make_cpu(options: &ModelOptions) -> Result<Cpu, LoadError> {
+    Ok(Cpu::new(CpuOptions { isa: options.isa, threads: options.threads })?)
+}

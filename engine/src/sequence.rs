@@ -1,0 +1,121 @@
+//! The running state of one choice: its tokens, how many of them are computed, and the blocks that hold their
+//! KV.
+
+use crate::prefix_cache::HashChain;
+
+/// Identity and rank of a sequence: smaller runs first and is preempted last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SequenceKey {
+    /// Lower first.
+    pub(crate) priority: i32,
+    /// Order of submission.
+    pub(crate) serial: u64,
+    pub(crate) choice: u32,
+}
+
+pub(crate) struct Sequence {
+    pub(crate) key: SequenceKey,
+    /// Prompt and output.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt_len: usize,
+    /// Tokens whose KV is in the blocks.
+    pub(crate) context_len: usize,
+    pub(crate) block_table: Vec<u32>,
+    pub(crate) chain: HashChain,
+    /// Sequences that this one stands for: all choices while it computes their prompt, else 1.
+    pub(crate) num_choices: usize,
+    /// Whether any output is wanted.
+    pub(crate) samples: bool,
+    /// When the prompt is scored: how many of its tokens are, counted from the start. The first needs no
+    /// score.
+    pub(crate) num_scored: Option<usize>,
+    /// Prompt tokens found in the prefix cache when the sequence was first admitted.
+    pub(crate) cached_tokens: Option<usize>,
+}
+
+impl Sequence {
+    /// Tokens still to be computed; at least 1 in a sequence that is not finished.
+    pub(crate) fn num_uncomputed(&self) -> usize {
+        self.tokens.len() - self.context_len
+    }
+
+    /// One token on top of a computed context.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.context_len >= self.prompt_len && self.num_uncomputed() == 1
+    }
+
+    /// Whether scores of prompt tokens are still missing. The KV of cached blocks would save computing
+    /// exactly the rows that are wanted.
+    pub(crate) fn is_being_scored(&self) -> bool {
+        self.num_scored.is_some_and(|scored| scored < self.prompt_len)
+    }
+
+    /// Whether the logits of the token at `position` are wanted.
+    pub(crate) fn wants_logits(&self, position: usize) -> bool {
+        self.wants_score(position) || (self.samples && position + 1 == self.tokens.len())
+    }
+
+    /// Whether the logits at `position` score the prompt token that follows.
+    pub(crate) fn wants_score(&self, position: usize) -> bool {
+        let target = position + 1;
+        target < self.prompt_len && self.num_scored.is_some_and(|scored| target >= scored)
+    }
+
+    /// The most query tokens within both limits.
+    pub(crate) fn chunk_len(&self, max_tokens: usize, max_rows: usize) -> usize {
+        let most = self.num_uncomputed().min(max_tokens);
+        if !self.is_being_scored() {
+            let wants_row = self.wants_logits(self.context_len + most.saturating_sub(1));
+            return if wants_row && max_rows == 0 { most.saturating_sub(1) } else { most };
+        }
+        let mut rows = 0;
+        for len in 0..most {
+            rows += usize::from(self.wants_logits(self.context_len + len));
+            if rows > max_rows {
+                return len;
+            }
+        }
+        most
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prefix_cache::ChainHasher;
+
+    fn sequence(prompt_len: usize, context_len: usize, num_scored: Option<usize>) -> Sequence {
+        Sequence {
+            key: SequenceKey { priority: 0, serial: 0, choice: 0 },
+            tokens: vec![1; prompt_len],
+            prompt_len,
+            context_len,
+            block_table: Vec::new(),
+            chain: ChainHasher::new([0; 16], [0; 16], 16).start(None),
+            num_choices: 1,
+            samples: true,
+            num_scored,
+            cached_tokens: None,
+        }
+    }
+
+    #[test]
+    fn only_the_last_token_needs_logits_unless_the_prompt_is_scored() {
+        let plain = sequence(4, 0, None);
+        assert_eq!((0..4).filter(|p| plain.wants_logits(*p)).collect::<Vec<_>>(), [3]);
+        let scored = sequence(4, 0, Some(1));
+        assert_eq!((0..4).filter(|p| scored.wants_logits(*p)).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        let half_scored = sequence(4, 0, Some(3));
+        assert_eq!((0..4).filter(|p| half_scored.wants_logits(*p)).collect::<Vec<_>>(), [2, 3]);
+    }
+
+    #[test]
+    fn chunks_keep_to_tokens_and_rows() {
+        assert_eq!(sequence(100, 0, None).chunk_len(30, 0), 30);
+        assert_eq!(sequence(100, 80, None).chunk_len(30, 1), 20);
+        assert_eq!(sequence(100, 80, None).chunk_len(30, 0), 19, "the last token needs a row");
+        assert_eq!(sequence(100, 0, Some(1)).chunk_len(64, 10), 10);
+        assert_eq!(sequence(100, 0, Some(51)).chunk_len(64, 10), 60, "the first 50 positions need no rows");
+        assert_eq!(sequence(100, 0, None).chunk_len(0, 10), 0);
+    }
+}

@@ -1,0 +1,233 @@
+//! Speed of each operation and its share of the machine's limits, on the shapes of a 135M and a 1B Llama model.
+//!
+//! `cargo bench -p tandem-kernels` (quiet machine). Nothing is asserted: numbers are for people.
+
+use std::time::{Duration, Instant};
+
+use tandem_kernels::cpu::{
+    Activation, AttentionBatch, Buffer, Cpu, CpuOptions, Epilogue, KvCache, KvCacheConfig, Layout, Linear,
+    LinearSpec, Part, Rope, SegmentPlan,
+};
+use tandem_kernels::limits::{self, Limits};
+use tandem_kernels::sampling::{self, NoiseKey};
+use tandem_kernels::{Activations, DType, KvDType, Matrix};
+
+fn main() {
+    let isa = std::env::var("TANDEM_ISA").ok().map(|isa| isa.parse().expect("TANDEM_ISA"));
+    let threads =
+        std::env::var("TANDEM_THREADS").ok().map(|threads| threads.parse().expect("TANDEM_THREADS"));
+    let cpu = Cpu::new(CpuOptions { isa, threads }).expect("cpu backend");
+    let limits = limits::measure(&cpu);
+    println!("{} with {} threads: {limits:.3?}", cpu.isa(), cpu.threads());
+    // `cargo bench -p tandem-kernels -- decode small` runs these sections only.
+    let sections: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let wanted = |name: &str| sections.is_empty() || sections.iter().any(|section| section == name);
+    if wanted("prefill") {
+        prefill(&cpu, &limits);
+    }
+    if wanted("decode") {
+        decode(&cpu, &limits);
+    }
+    if wanted("attention") {
+        attention(&cpu, &limits);
+    }
+    if wanted("small") {
+        small(&cpu);
+    }
+}
+
+/// Best of many runs within about a third of a second.
+fn best(mut run: impl FnMut()) -> Duration {
+    run();
+    let start = Instant::now();
+    let mut best = Duration::MAX;
+    while start.elapsed() < Duration::from_millis(300) {
+        let one = Instant::now();
+        run();
+        best = best.min(one.elapsed());
+    }
+    best
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn values(&mut self, len: usize) -> Buffer {
+        let mut buffer = Buffer::zeroed(len);
+        buffer.iter_mut().for_each(|x| *x = (self.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5);
+        buffer
+    }
+}
+
+fn linear(cpu: &Cpu, dtype: DType, n: usize, k: usize, class: Activations, segments: usize) -> Linear {
+    let mut random = Random(0x1234_5678_9abc_def1);
+    // Small exponents: whatever the bytes mean, values stay finite.
+    let bytes: Vec<u8> =
+        (0..n * dtype.row_bytes(k).expect("whole blocks")).map(|_| random.next() as u8 & 0x3b).collect();
+    let matrix = Matrix::new(dtype, n, k, &bytes).expect("matrix");
+    let spec = LinearSpec { activations: class, segments: SegmentPlan::new(segments), layout: Layout::Plain };
+    cpu.pack_linear(&[Part::new(matrix)], &spec).expect("pack")
+}
+
+fn peak(limits: &Limits, class: Activations) -> f64 {
+    match class {
+        Activations::F32 => limits.f32_tflops * 1e12,
+        Activations::Bf16 => limits.bf16_tflops * 1e12,
+        Activations::Int8 => limits.int8_tops * 1e12,
+    }
+}
+
+const KINDS: [(DType, Activations); 8] = [
+    (DType::Q4_1, Activations::Int8),
+    (DType::Q4_0, Activations::Int8),
+    (DType::Q8_0, Activations::Int8),
+    (DType::Q4_1, Activations::Bf16),
+    (DType::Q4_0, Activations::Bf16),
+    (DType::Q8_0, Activations::Bf16),
+    (DType::Bf16, Activations::Bf16),
+    (DType::F32, Activations::F32),
+];
+
+fn prefill(cpu: &Cpu, limits: &Limits) {
+    println!("\nprefill: T x N x K, share of the arithmetic limit");
+    for (dtype, class) in KINDS {
+        for (t, n, k, segments) in [
+            (504, 1536, 576, 1),
+            (512, 3072, 576, 1),
+            (512, 576, 1536, 3),
+            (16, 3072, 576, 1),
+            (512, 2048, 8192, 8),
+        ] {
+            let weights = linear(cpu, dtype, n, k, class, segments);
+            let mut x = Activation::new(t, k, class);
+            cpu.quantize(&Random(7).values(t * k), &mut x);
+            let mut out = Buffer::zeroed(t * n);
+            let time = best(|| cpu.linear(&weights, &x, &mut out, Epilogue::Store)).as_secs_f64();
+            let rate = (2 * t * n * k) as f64 / time;
+            println!(
+                "  {dtype:>5} x {class:<5} {t:>4} x {n:>5} x {k:>5}: {:7.1} us {:6.3} T/s {:5.1} %",
+                time * 1e6,
+                rate / 1e12,
+                100.0 * rate / peak(limits, class)
+            );
+        }
+    }
+}
+
+fn decode(cpu: &Cpu, limits: &Limits) {
+    println!("\ndecode: one row over layers beyond the caches, share of the read limit");
+    for (dtype, class) in KINDS {
+        for (n, k) in [(1536, 576), (2048, 8192)] {
+            let one = linear(cpu, dtype, n, k, class, 1);
+            let layers: Vec<Linear> =
+                (0..(160 << 20) / one.bytes()).map(|_| linear(cpu, dtype, n, k, class, 1)).collect();
+            let mut x = Activation::new(1, k, class);
+            cpu.quantize(&Random(7).values(k), &mut x);
+            let mut out = Buffer::zeroed(n);
+            let time =
+                best(|| layers.iter().for_each(|weights| cpu.linear(weights, &x, &mut out, Epilogue::Store)));
+            let rate = (one.bytes() * layers.len()) as f64 / time.as_secs_f64() / 1e9;
+            println!(
+                "  {dtype:>5} x {class:<5} {n:>5} x {k:>5}: {:6.2} us each {rate:6.1} GB/s {:5.1} %",
+                time.as_secs_f64() * 1e6 / layers.len() as f64,
+                100.0 * rate / limits.read_gb_per_s
+            );
+        }
+    }
+}
+
+fn attention(cpu: &Cpu, limits: &Limits) {
+    println!("\nattention: 9 query heads, 3 KV heads, head dim 64");
+    let (heads, kv_heads, head_dim) = (9, 3, 64);
+    let width = (heads + 2 * kv_heads) * head_dim;
+    for dtype in [KvDType::Bf16, KvDType::F32] {
+        for (tokens, context) in [(512usize, 0usize), (512, 3584), (1, 512), (1, 4095)] {
+            let total = tokens + context;
+            let blocks: Vec<u32> = (0..total.div_ceil(16) as u32).collect();
+            let config = KvCacheConfig {
+                num_layers: 1,
+                num_kv_heads: kv_heads,
+                head_dim,
+                num_blocks: blocks.len(),
+                dtype,
+            };
+            let mut kv = KvCache::new(config).expect("cache");
+            let mut qkv = Random(9).values(total * width);
+            let mut rope = Rope::new(&[1.0; 32], 1.0, total);
+            cpu.prepare_rope(&mut rope, &(0..total as u32).collect::<Vec<_>>());
+            cpu.rope_and_store_kv(&mut qkv, &rope, &(0..total as u32).collect::<Vec<_>>(), 0, &mut kv);
+            let batch = AttentionBatch {
+                cu_seqlens: &[0, tokens as u32],
+                context_lens: &[context as u32],
+                block_tables: &blocks,
+                block_table_offsets: &[0, blocks.len() as u32],
+            };
+            let mut out = Buffer::zeroed(tokens * heads * head_dim);
+            let time =
+                best(|| cpu.attention(&qkv[..tokens * width], &batch, 0, &kv, 0.125, &mut out)).as_secs_f64();
+            let pairs = tokens * context + tokens * (tokens + 1) / 2;
+            let rate = (4 * pairs * heads * head_dim) as f64 / time;
+            let limit = if dtype == KvDType::Bf16 { limits.bf16_tflops } else { limits.f32_tflops } * 1e12;
+            println!(
+                "  {dtype:>5} {tokens:>4} tokens on {context:>5}: {:8.1} us {:6.3} TFLOP/s {:5.1} %",
+                time * 1e6,
+                rate / 1e12,
+                100.0 * rate / limit
+            );
+        }
+    }
+}
+
+fn small(cpu: &Cpu) {
+    println!("\nsmaller operations");
+    let report = |name: &str, time: Duration| println!("  {name:<44} {:9.2} us", time.as_secs_f64() * 1e6);
+    let (t, e) = (512, 576);
+    let x = Random(3).values(t * e);
+    let weight = Random(4).values(e);
+    let mut out = Activation::new(t, e, Activations::Int8);
+    report("rms norm to int8, 512 x 576", best(|| cpu.rms_norm(&x, &weight, 1e-5, &mut out)));
+    report("rms norm to int8, 1 x 576", best(|| cpu.rms_norm(&x[..e], &weight, 1e-5, &mut out)));
+    report("quantize to int8, 512 x 576", best(|| cpu.quantize(&x, &mut out)));
+    out.set_class(Activations::Bf16);
+    report("quantize to bf16, 512 x 576", best(|| cpu.quantize(&x, &mut out)));
+
+    let config =
+        KvCacheConfig { num_layers: 1, num_kv_heads: 3, head_dim: 64, num_blocks: 32, dtype: KvDType::Bf16 };
+    let mut kv = KvCache::new(config).expect("cache");
+    let mut qkv = Random(9).values(t * 960);
+    let slots: Vec<u32> = (0..t as u32).collect();
+    let mut rope = Rope::new(&[0.1; 32], 1.0, t);
+    report("rope table, 512 positions", best(|| cpu.prepare_rope(&mut rope, &slots)));
+    report(
+        "rope and store kv, 512 tokens",
+        best(|| cpu.rope_and_store_kv(&mut qkv, &rope, &slots, 0, &mut kv)),
+    );
+    let table = linear(cpu, DType::Q8_0, 49_152, e, Activations::Int8, 1);
+    let ids: Vec<u32> = (0..t as u32).map(|i| i * 91 % 49_152).collect();
+    let mut rows = Buffer::zeroed(t * e);
+    report("embed 512 tokens", best(|| cpu.embed(&table, &ids, &mut rows)));
+
+    let row = Random(5).values(49_152);
+    report("argmax of 49152", best(|| assert!(sampling::argmax(cpu, &row).is_some())));
+    report("log-sum-exp of 49152", best(|| assert!(sampling::log_sum_exp(cpu, &row).is_finite())));
+    let key = NoiseKey { seed: 1, position: 2, choice: 0 };
+    report(
+        "gumbel arg-max of 49152",
+        best(|| assert!(sampling::gumbel_argmax(cpu, &row, 1.0, key).is_some())),
+    );
+    let start = Instant::now();
+    let bytes = vec![0x11u8; 49_152 * 360];
+    let matrix = Matrix::new(DType::Q4_1, 49_152, 576, &bytes).expect("matrix");
+    let spec =
+        LinearSpec { activations: Activations::Int8, segments: SegmentPlan::whole(), layout: Layout::Plain };
+    let prepared = start.elapsed();
+    let packed = cpu.pack_linear(&[Part::new(matrix)], &spec).expect("pack");
+    report(&format!("pack {} MB of Q4_1", packed.bytes() >> 20), start.elapsed() - prepared);
+}

@@ -1,0 +1,198 @@
+//! Every ISA and dtype against f64, and the invariance over chunking, batch and threads.
+
+use super::super::testing::{Random, backends};
+use super::super::{BLOCK_SIZE, KvCacheConfig, Rope, reference};
+use super::*;
+use crate::KvDType;
+
+const DTYPES: [KvDType; 3] = [KvDType::F32, KvDType::F16, KvDType::Bf16];
+
+/// One sequence of a test: its tokens' qkv rows, and its shuffled blocks.
+struct Sequence {
+    qkv: Vec<f32>,
+    tokens: usize,
+    blocks: Vec<u32>,
+}
+
+struct Fixture {
+    heads: usize,
+    config: KvCacheConfig,
+    sequences: Vec<Sequence>,
+}
+
+impl Fixture {
+    fn new(
+        random: &mut Random,
+        (heads, kv_heads, head_dim): (usize, usize, usize),
+        dtype: KvDType,
+        lens: &[usize],
+    ) -> Self {
+        let width = (heads + 2 * kv_heads) * head_dim;
+        let needed: usize = lens.iter().map(|len| len.div_ceil(BLOCK_SIZE)).sum();
+        // Every other block stays free, full of NaN.
+        let mut free: Vec<u32> = (0..2 * needed as u32).collect();
+        for i in (1..free.len()).rev() {
+            free.swap(i, random.below(i + 1));
+        }
+        let sequences = lens
+            .iter()
+            .map(|&tokens| Sequence {
+                qkv: random.vec(tokens * width),
+                tokens,
+                blocks: free.split_off(free.len() - tokens.div_ceil(BLOCK_SIZE)),
+            })
+            .collect();
+        let config =
+            KvCacheConfig { num_layers: 2, num_kv_heads: kv_heads, head_dim, num_blocks: 2 * needed, dtype };
+        Self { heads, config, sequences }
+    }
+
+    fn width(&self) -> usize {
+        (self.heads + 2 * self.config.num_kv_heads) * self.config.head_dim
+    }
+
+    fn cache(&self) -> KvCache {
+        let mut kv = KvCache::new(self.config).unwrap();
+        kv.fill_nan(&(0..self.config.num_blocks as u32).collect::<Vec<_>>());
+        kv
+    }
+
+    /// Runs one step: `parts` are (sequence, range of its tokens). Returns the output rows in that order.
+    fn step(&self, cpu: &Cpu, kv: &mut KvCache, parts: &[(usize, Range<usize>)]) -> Vec<f32> {
+        self.checked_step(cpu, kv, parts, false)
+    }
+
+    /// As `step`, compared with the reference.
+    fn checked_step(
+        &self,
+        cpu: &Cpu,
+        kv: &mut KvCache,
+        parts: &[(usize, Range<usize>)],
+        compare: bool,
+    ) -> Vec<f32> {
+        let (width, head_dim) = (self.width(), self.config.head_dim);
+        let (mut qkv, mut slots, mut cu_seqlens, mut context_lens) = (vec![], vec![], vec![0], vec![]);
+        let (mut tables, mut offsets) = (vec![], vec![0]);
+        for (index, range) in parts {
+            let sequence = &self.sequences[*index];
+            qkv.extend(&sequence.qkv[range.start * width..range.end * width]);
+            slots.extend(
+                range.clone().map(|t| sequence.blocks[t / BLOCK_SIZE] * 16 + (t % BLOCK_SIZE) as u32),
+            );
+            cu_seqlens.push(slots.len() as u32);
+            context_lens.push(range.start as u32);
+            tables.extend(&sequence.blocks[..range.end.div_ceil(BLOCK_SIZE)]);
+            offsets.push(tables.len() as u32);
+        }
+        // No rotation: keys are stored as given.
+        let mut rope = Rope::new(&[], 1.0, slots.len());
+        cpu.prepare_rope(&mut rope, &vec![0; slots.len()]);
+        cpu.rope_and_store_kv(&mut qkv, &rope, &slots, 1, kv);
+        let batch = AttentionBatch {
+            cu_seqlens: &cu_seqlens,
+            context_lens: &context_lens,
+            block_tables: &tables,
+            block_table_offsets: &offsets,
+        };
+        let mut out = vec![f32::NAN; slots.len() * self.heads * head_dim];
+        let scale = 1.7 / (head_dim as f32).sqrt();
+        cpu.attention(&qkv, &batch, 1, kv, scale, &mut out);
+        if compare {
+            let shape = (self.heads, self.config.num_kv_heads, head_dim);
+            let expected =
+                reference::attention(&qkv, &batch, shape, scale, |head, slot, d| kv.read(1, head, slot, d));
+            // bf16 rounds queries and weights (2^-9 each); the others are f32 throughout.
+            let tolerance = if self.config.dtype == KvDType::Bf16 { 0.02 } else { 3e-6 };
+            for (i, (got, expected)) in out.iter().zip(&expected).enumerate() {
+                assert!(
+                    (got - expected).abs() <= tolerance,
+                    "{} {:?} [{i}] {got} {expected}",
+                    cpu.isa(),
+                    self.config
+                );
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn every_shape_and_dtype_matches_the_reference() {
+    let mut random = Random::new(30);
+    for shape in [(1, 1, 2), (2, 2, 8), (9, 3, 64), (4, 1, 80), (8, 1, 18), (14, 1, 16), (6, 2, 128)] {
+        for dtype in DTYPES {
+            let fixture = Fixture::new(&mut random, shape, dtype, &[1, 16, 33, 47]);
+            for cpu in backends(1) {
+                let mut kv = fixture.cache();
+                let parts: Vec<_> = fixture
+                    .sequences
+                    .iter()
+                    .enumerate()
+                    .map(|(i, sequence)| (i, 0..sequence.tokens))
+                    .collect();
+                fixture.checked_step(&cpu, &mut kv, &parts, true);
+            }
+        }
+    }
+}
+
+/// Token by token, in any chunks, alone or beside others, with any number of threads: the same bits.
+#[test]
+fn chunking_batch_and_threads_leave_no_trace() {
+    let mut random = Random::new(31);
+    for dtype in DTYPES {
+        let fixture = Fixture::new(&mut random, (6, 2, 24), dtype, &[600, 70]);
+        for threads in [1, 2, 3] {
+            for cpu in backends(threads) {
+                let row = fixture.heads * fixture.config.head_dim;
+                let mut kv = fixture.cache();
+                let both = fixture.checked_step(&cpu, &mut kv, &[(0, 0..600), (1, 0..70)], threads == 1);
+                for chunk in [1, 7, 64, 255, 257] {
+                    let mut kv = fixture.cache();
+                    let mut alone = Vec::new();
+                    for start in (0..600).step_by(chunk) {
+                        alone.extend(fixture.step(&cpu, &mut kv, &[(0, start..600.min(start + chunk))]));
+                    }
+                    assert_eq!(alone, both[..600 * row], "{} {dtype} chunks of {chunk}", cpu.isa());
+                }
+                // A decode beside a prefill.
+                let mut kv = fixture.cache();
+                fixture.step(&cpu, &mut kv, &[(0, 0..599)]);
+                let mixed = fixture.step(&cpu, &mut kv, &[(1, 0..70), (0, 599..600)]);
+                assert_eq!(mixed[..70 * row], both[600 * row..]);
+                assert_eq!(mixed[70 * row..], both[599 * row..600 * row]);
+            }
+        }
+        let outputs: Vec<Vec<Vec<f32>>> = (1..=3)
+            .map(|threads| {
+                let run = |cpu: &Cpu| fixture.step(cpu, &mut fixture.cache(), &[(0, 0..600)]);
+                backends(threads).iter().map(run).collect()
+            })
+            .collect();
+        assert_eq!(outputs[0], outputs[1]);
+        assert_eq!(outputs[0], outputs[2]);
+    }
+}
+
+#[test]
+fn a_bad_query_spoils_only_its_row() {
+    let mut random = Random::new(32);
+    for dtype in DTYPES {
+        let mut fixture = Fixture::new(&mut random, (2, 1, 16), dtype, &[20]);
+        for cpu in backends(2) {
+            let clean = fixture.step(&cpu, &mut fixture.cache(), &[(0, 0..20)]);
+            let width = fixture.width();
+            let kept = std::mem::replace(&mut fixture.sequences[0].qkv[7 * width], f32::NAN);
+            let bad = fixture.step(&cpu, &mut fixture.cache(), &[(0, 0..20)]);
+            fixture.sequences[0].qkv[7 * width] = kept;
+            // Token 7, head 0.
+            for (i, (bad, clean)) in bad.iter().zip(&clean).enumerate() {
+                if i / 16 == 14 {
+                    assert!(bad.is_nan());
+                } else {
+                    assert_eq!(bad, clean);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! Register tiles: R rows of activations times C panels of 16 columns, over a stretch of K.
+//!
+//! A tile's result is written to a small f32 buffer; with `first` unset it continues from what stands there, which is
+//! exact, so K can be cut anywhere without changing a bit. What one output element adds up, and in which order,
+//! depends on neither R nor C.
+//!
+//! Integer tiles (AVX-512, 6 × 2): per block of 32 along K and per row and panel 8 dot products, one conversion, one
+//! multiplication and one or two FMAs; with two multiplying pipes that is 8 of 10–11 slots, so about 1.5 of the
+//! 2.06 TOP/s that the dot products alone reach. bf16 tiles over integer weights: 16 dot products of 17–18 slots.
+
+use crate::cpu::activation::GROUP;
+use crate::cpu::isa::Detected;
+use crate::cpu::simd::{Kernel, Simd, dispatch};
+
+/// f32 values from one row of the tile buffer to the next: two panels.
+pub(super) const TILE_STRIDE: usize = 32;
+
+/// What the inner loop reads as weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Weights {
+    F32,
+    Bf16,
+    /// 256 bytes of packed nibbles per block.
+    Nibbles,
+    /// 512 bytes per block, unpacked nibbles.
+    SmallBytes,
+    /// 512 bytes per block, weight + 128.
+    Bytes,
+    /// 1024 bytes per block, integers as bf16.
+    IntegersAsBf16,
+}
+
+/// The kernel for a packed format; see [`tile_fn`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TileKind {
+    pub(super) weights: Weights,
+    pub(super) zero_point: u8,
+    pub(super) minima: bool,
+}
+
+/// Everything a tile reads and writes, from its first step along K.
+pub(super) struct TileArgs {
+    pub(super) weights: [*const u8; 2],
+    pub(super) scales: [*const u16; 2],
+    pub(super) x: *const u8,
+    pub(super) row_bytes: usize,
+    pub(super) x_scales: *const f32,
+    pub(super) x_sums: *const i32,
+    pub(super) x_scaled_sums: *const f32,
+    /// Scales and sums per row of activations.
+    pub(super) groups: usize,
+    /// Steps along K: values (f32), pairs (bf16) or blocks of 32.
+    pub(super) steps: usize,
+    /// Bytes ahead of the weights and scales being read that tiles of few rows prefetch.
+    pub(super) ahead: usize,
+    pub(super) out: *mut f32,
+    pub(super) first: bool,
+}
+
+/// # Safety
+/// The pointers of the arguments cover R rows, C panels and all steps.
+pub(super) type TileFn = unsafe fn(Detected, &TileArgs);
+
+const NIBBLES: u8 = 0;
+const SMALL_BYTES: u8 = 1;
+const BYTES: u8 = 2;
+
+/// The tile kernel of `rows` × `panels` for a format.
+///
+/// # Panics
+/// If there is no such kernel: 1..=12 rows for plain formats, 1..=6 for those with scales, 1 or 2 panels.
+pub(super) fn tile_fn(kind: TileKind, rows: usize, panels: usize) -> TileFn {
+    macro_rules! shapes {
+        ($entry:ident $params:tt, $($r:literal)+) => {
+            match (rows, panels) {
+                $(($r, 1) => shapes!(@one $entry $r 1 $params),
+                ($r, 2) => shapes!(@one $entry $r 2 $params),)+
+                _ => panic!("no tile of {rows} rows and {panels} panels"),
+            }
+        };
+        (@one $entry:ident $r:literal $c:literal [$($param:tt)*]) => {
+            $entry::<$r, $c, $($param)*>
+        };
+    }
+    let TileKind { weights, zero_point, minima } = kind;
+    match (weights, zero_point, minima) {
+        (Weights::F32, ..) => shapes!(f32_entry [], 1 2 3 4 5 6 7 8 9 10 11 12),
+        (Weights::Bf16, ..) => shapes!(bf16_entry [], 1 2 3 4 5 6 7 8 9 10 11 12),
+        (Weights::Nibbles, 8, _) => shapes!(int_entry [NIBBLES, 8, false], 1 2 3 4 5 6),
+        (Weights::Nibbles, _, _) => shapes!(int_entry [NIBBLES, 0, true], 1 2 3 4 5 6),
+        (Weights::SmallBytes, 8, _) => shapes!(int_entry [SMALL_BYTES, 8, false], 1 2 3 4 5 6),
+        (Weights::SmallBytes, _, _) => shapes!(int_entry [SMALL_BYTES, 0, true], 1 2 3 4 5 6),
+        (Weights::Bytes, _, false) => shapes!(int_entry [BYTES, 128, false], 1 2 3 4 5 6),
+        (Weights::Bytes, _, true) => shapes!(int_entry [BYTES, 128, true], 1 2 3 4 5 6),
+        (Weights::IntegersAsBf16, _, false) => shapes!(scaled_bf16_entry [false], 1 2 3 4 5 6),
+        (Weights::IntegersAsBf16, _, true) => shapes!(scaled_bf16_entry [true], 1 2 3 4 5 6),
+    }
+}
+
+macro_rules! entries {
+    ($($entry:ident => $kernel:ident<$($param:ident: $ty:ty),*>;)+) => {
+        $(unsafe fn $entry<const R: usize, const C: usize, $(const $param: $ty),*>(isa: Detected, args: &TileArgs) {
+            dispatch(isa, $kernel::<R, C, $($param),*>(args));
+        }
+
+        struct $kernel<'a, const R: usize, const C: usize, $(const $param: $ty),*>(&'a TileArgs);
+        )+
+    };
+}
+
+entries! {
+    f32_entry => F32Tile<>;
+    bf16_entry => Bf16Tile<>;
+    int_entry => IntTile<SOURCE: u8, ZERO_POINT: u8, MINIMA: bool>;
+    scaled_bf16_entry => ScaledBf16Tile<MINIMA: bool>;
+}
+
+/// Asks for the `BYTES` of each panel's weights, and the line of its scales at `scales_at`, that lie `ahead` of what is
+/// being read. Nothing for tiles of many rows, which are bound by arithmetic.
+#[inline(always)]
+unsafe fn prefetch<S: Simd, const R: usize, const C: usize, const BYTES: usize>(
+    s: S,
+    t: &TileArgs,
+    at: usize,
+    scales_at: Option<usize>,
+) {
+    if const { R > 2 } {
+        return;
+    }
+    for c in 0..C {
+        for line in (0..BYTES).step_by(64) {
+            s.prefetch(t.weights[c].wrapping_add(at + t.ahead + line));
+        }
+        if let Some(at) = scales_at {
+            s.prefetch(t.scales[c].cast::<u8>().wrapping_add(at + t.ahead));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn start<S: Simd, const R: usize, const C: usize>(s: S, t: &TileArgs) -> [[S::F; C]; R] {
+    let mut acc = [[s.splat(0.0); C]; R];
+    if !t.first {
+        for r in 0..R {
+            for c in 0..C {
+                acc[r][c] = s.load(t.out.add(r * TILE_STRIDE + c * 16));
+            }
+        }
+    }
+    acc
+}
+
+#[inline(always)]
+unsafe fn finish<S: Simd, const R: usize, const C: usize>(s: S, t: &TileArgs, acc: [[S::F; C]; R]) {
+    for r in 0..R {
+        for c in 0..C {
+            s.store(t.out.add(r * TILE_STRIDE + c * 16), acc[r][c]);
+        }
+    }
+}
+
+impl<const R: usize, const C: usize> Kernel for F32Tile<'_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        if const { R > S::PLAIN_ROWS || C > S::PANELS } {
+            unreachable!("no such tile on this ISA");
+        }
+        let t = self.0;
+        let mut acc = start::<S, R, C>(s, t);
+        for step in 0..t.steps {
+            prefetch::<S, R, C, 64>(s, t, step * 64, None);
+            let mut w = [s.splat(0.0); C];
+            for c in 0..C {
+                w[c] = s.load(t.weights[c].add(step * 64).cast());
+            }
+            for r in 0..R {
+                let x = s.splat(*t.x.add(r * t.row_bytes + step * 4).cast::<f32>());
+                for c in 0..C {
+                    acc[r][c] = s.fma(w[c], x, acc[r][c]);
+                }
+            }
+        }
+        finish(s, t, acc);
+    }
+}
+
+impl<const R: usize, const C: usize> Kernel for Bf16Tile<'_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        if const { R > S::PLAIN_ROWS || C > S::PANELS } {
+            unreachable!("no such tile on this ISA");
+        }
+        let t = self.0;
+        let mut acc = start::<S, R, C>(s, t);
+        for step in 0..t.steps {
+            prefetch::<S, R, C, 64>(s, t, step * 64, None);
+            let mut w = [s.splat_i(0); C];
+            for c in 0..C {
+                w[c] = s.load_i(t.weights[c].add(step * 64));
+            }
+            for r in 0..R {
+                let x = s.splat_bytes(t.x.add(r * t.row_bytes + step * 4));
+                for c in 0..C {
+                    acc[r][c] = s.dot_bf16(acc[r][c], w[c], x);
+                }
+            }
+        }
+        finish(s, t, acc);
+    }
+}
+
+impl<const R: usize, const C: usize, const MINIMA: bool> Kernel for ScaledBf16Tile<'_, R, C, MINIMA> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        if const { R > S::BLOCK_ROWS || C > S::PANELS } {
+            unreachable!("no such tile on this ISA");
+        }
+        let t = self.0;
+        let mut acc = start::<S, R, C>(s, t);
+        let scale_stride = if MINIMA { 32 } else { 16 };
+        for block in 0..t.steps {
+            let mut dot = [[s.splat(0.0); C]; R];
+            for pair in 0..GROUP / 2 {
+                let mut w = [s.splat_i(0); C];
+                for c in 0..C {
+                    w[c] = s.load_i(t.weights[c].add(block * 1024 + pair * 64));
+                }
+                for r in 0..R {
+                    let x = s.splat_bytes(t.x.add(r * t.row_bytes + block * 64 + pair * 4));
+                    for c in 0..C {
+                        dot[r][c] = s.dot_bf16(dot[r][c], w[c], x);
+                    }
+                }
+            }
+            for c in 0..C {
+                let scales = t.scales[c].add(block * scale_stride);
+                let d = s.load_f16(scales);
+                for r in 0..R {
+                    acc[r][c] = s.fma(dot[r][c], d, acc[r][c]);
+                }
+                if MINIMA {
+                    let m = s.load_f16(scales.add(16));
+                    for r in 0..R {
+                        let sum = s.splat(*t.x_sums.cast::<f32>().add(r * t.groups + block));
+                        acc[r][c] = s.fma(m, sum, acc[r][c]);
+                    }
+                }
+            }
+        }
+        finish(s, t, acc);
+    }
+}
+
+impl<const R: usize, const C: usize, const SOURCE: u8, const ZERO_POINT: u8, const MINIMA: bool> Kernel
+    for IntTile<'_, R, C, SOURCE, ZERO_POINT, MINIMA>
+{
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        if const { R > S::BLOCK_ROWS || C > S::PANELS } {
+            unreachable!("no such tile on this ISA");
+        }
+        let t = self.0;
+        let mut acc = start::<S, R, C>(s, t);
+        let scale_stride = if MINIMA { 32 } else { 16 };
+        for block in 0..t.steps {
+            let dot = if SOURCE == BYTES {
+                byte_block::<S, R, C>(s, t, block, scale_stride * 2)
+            } else {
+                small_block::<S, R, C, SOURCE, ZERO_POINT>(s, t, block, scale_stride * 2)
+            };
+            for c in 0..C {
+                let scales = t.scales[c].add(block * scale_stride);
+                let d = s.load_f16(scales);
+                for r in 0..R {
+                    let scale = s.mul(d, s.splat(*t.x_scales.add(r * t.groups + block)));
+                    acc[r][c] = s.fma(s.to_f(dot[r][c]), scale, acc[r][c]);
+                }
+                if MINIMA {
+                    let m = s.load_f16(scales.add(16));
+                    for r in 0..R {
+                        let sum = s.splat(*t.x_scaled_sums.add(r * t.groups + block));
+                        acc[r][c] = s.fma(m, sum, acc[r][c]);
+                    }
+                }
+            }
+        }
+        finish(s, t, acc);
+    }
+}
+
+/// Dot products of one block with 4-bit weights, as nibbles or one byte each.
+#[inline(always)]
+unsafe fn small_block<S: Simd, const R: usize, const C: usize, const SOURCE: u8, const ZERO_POINT: u8>(
+    s: S,
+    t: &TileArgs,
+    block: usize,
+    scale_bytes: usize,
+) -> [[S::I; C]; R] {
+    let mut init = [s.splat_i(0); R];
+    if ZERO_POINT == 8 {
+        for r in 0..R {
+            let sum = s.splat_bytes(t.x_sums.add(r * t.groups + block).cast());
+            init[r] = s.sub_i(init[r], s.shl::<3>(sum));
+        }
+    }
+    let mut dot = [[s.dot4_start(init[0]); C]; R];
+    for r in 0..R {
+        dot[r] = [s.dot4_start(init[r]); C];
+    }
+    let x = t.x.add(block * GROUP);
+    if SOURCE == NIBBLES {
+        prefetch::<S, R, C, 256>(s, t, block * 256, Some(block * scale_bytes));
+        let low = s.splat_i(0x0f0f_0f0f);
+        for group in 0..4 {
+            let mut w = [s.splat_i(0); C];
+            for c in 0..C {
+                w[c] = s.load_i(t.weights[c].add(block * 256 + group * 64));
+            }
+            for r in 0..R {
+                let x_low = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
+                let x_high = s.splat_bytes(x.add(r * t.row_bytes + 16 + group * 4));
+                for c in 0..C {
+                    dot[r][c] = s.dot4(dot[r][c], s.and(w[c], low), x_low);
+                    dot[r][c] = s.dot4(dot[r][c], s.and(s.shr::<4>(w[c]), low), x_high);
+                }
+            }
+        }
+    } else {
+        for group in 0..8 {
+            let mut w = [s.splat_i(0); C];
+            for c in 0..C {
+                w[c] = s.load_i(t.weights[c].add(block * 512 + group * 64));
+            }
+            for r in 0..R {
+                let x = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
+                for c in 0..C {
+                    dot[r][c] = s.dot4(dot[r][c], w[c], x);
+                }
+            }
+        }
+    }
+    let mut sums = [[s.splat_i(0); C]; R];
+    for r in 0..R {
+        for c in 0..C {
+            sums[r][c] = s.dot4_finish(dot[r][c], init[r]);
+        }
+    }
+    sums
+}
+
+/// Dot products of one block with stored bytes weight + 128.
+#[inline(always)]
+unsafe fn byte_block<S: Simd, const R: usize, const C: usize>(
+    s: S,
+    t: &TileArgs,
+    block: usize,
+    scale_bytes: usize,
+) -> [[S::I; C]; R] {
+    prefetch::<S, R, C, 512>(s, t, block * 512, Some(block * scale_bytes));
+    let mut dot = [[s.splat_i(0); C]; R];
+    if S::BYTE_ZERO_POINT == 128 {
+        for r in 0..R {
+            let sum = s.splat_bytes(t.x_sums.add(r * t.groups + block).cast());
+            dot[r] = [s.sub_i(s.splat_i(0), s.shl::<7>(sum)); C];
+        }
+    }
+    for group in 0..8 {
+        let mut w = [s.splat_i(0); C];
+        for c in 0..C {
+            w[c] = s.load_i(t.weights[c].add(block * 512 + group * 64));
+        }
+        for r in 0..R {
+            let x = s.splat_bytes(t.x.add(r * t.row_bytes + block * GROUP + group * 4));
+            for c in 0..C {
+                dot[r][c] = s.dot8(dot[r][c], w[c], x);
+            }
+        }
+    }
+    dot
+}

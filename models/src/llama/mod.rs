@@ -1,0 +1,202 @@
+//! The decoder of the Llama family: embedding, layers of attention and gated MLP, LM head.
+//!
+//! One code path serves prefill chunks, decodes and draft verifications: [`Llama::forward`] sees only flat arrays
+//! and device memory. All working memory is taken once, for the largest step; a step allocates nothing here. Who
+//! runs when, which blocks hold what, and what is drawn from the logits is the engine's business.
+//!
+//! Letters: `T` tokens of the step, `R` rows that need logits, `E`, `I`, `H`, `K`, `D`, `V` as in the crate's root.
+
+mod load;
+
+use tandem_kernels::cpu::{
+    Activation, AttentionBatch, Buffer, Cpu, Epilogue, KvCache, KvCacheConfig, Linear, Rope,
+};
+use tandem_kernels::{Activations, KvDType};
+
+use crate::batch::ForwardBatch;
+use crate::config::ModelConfig;
+
+/// How a model is laid out in memory and computed.
+#[derive(Debug, Clone, Copy)]
+pub struct LlamaOptions {
+    /// Arithmetic class of the linear layers. What a layer's weights cannot do falls back to a more exact class.
+    pub activations: Activations,
+    /// `T`: most tokens of one step.
+    pub max_tokens: usize,
+    /// `R`: most rows of one step that need logits.
+    pub max_logits_rows: usize,
+}
+
+/// A loaded model: packed weights and the working memory of one step.
+pub struct Llama {
+    config: ModelConfig,
+    options: LlamaOptions,
+    /// The embedding matrix, unless the LM head is the same matrix.
+    embedding: Option<Linear>,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    lm_head: Linear,
+    work: Workspace,
+}
+
+/// Weights of one decoder layer. Query, key and value projections are one matrix, as are gate and up.
+struct Layer {
+    attention_norm: Vec<f32>,
+    qkv: Linear,
+    attention_output: Linear,
+    mlp_norm: Vec<f32>,
+    gate_up: Linear,
+    down: Linear,
+}
+
+/// Buffers of one step, each for the most rows that a step may have.
+struct Workspace {
+    /// `[T, E]` residual stream.
+    hidden: Buffer,
+    /// `[T, E]` normalised residual stream as a linear layer's input.
+    normed: Activation,
+    /// `[T, (H + 2K) · D]`.
+    qkv: Buffer,
+    /// `[T, H · D]` attention output, and the same as a linear layer's input.
+    attended: Buffer,
+    attended_input: Activation,
+    /// `[T, I]` gated MLP, and the same as a linear layer's input.
+    gated: Buffer,
+    gated_input: Activation,
+    /// `[R, E]` normalised rows that need logits.
+    final_normed: Activation,
+    /// `[R, V]`.
+    logits: Buffer,
+    rope: Rope,
+}
+
+impl Llama {
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The sizes of the KV cache that this model needs for `num_blocks` blocks.
+    pub fn kv_cache_config(config: &ModelConfig, num_blocks: usize, dtype: KvDType) -> KvCacheConfig {
+        KvCacheConfig {
+            num_layers: config.num_layers,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            num_blocks,
+            dtype,
+        }
+    }
+
+    /// Bytes of packed weights that a step for one token reads: all linear layers and the LM head.
+    pub fn bytes_per_step(&self) -> u64 {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.attention_output, &l.gate_up, &l.down]);
+        layers.chain([&self.lm_head]).map(|linear| linear.bytes() as u64).sum()
+    }
+
+    /// Operations of all decoder layers' linear layers for one token, two per multiply-add.
+    pub fn layer_flops_per_token(&self) -> u64 {
+        let config = &self.config;
+        let (hidden, query, kv) = (config.hidden_size, config.query_size(), config.kv_size());
+        let per_layer = hidden * (query + 2 * kv) + query * hidden + 3 * hidden * config.intermediate_size;
+        2 * (config.num_layers * per_layer) as u64
+    }
+
+    /// Operations of the LM head for one row of logits.
+    pub fn head_flops_per_row(&self) -> u64 {
+        2 * (self.config.hidden_size * self.config.vocab_size) as u64
+    }
+
+    /// Arithmetic class of most of the model's linear layers, by weight.
+    pub fn activations(&self) -> Activations {
+        self.layers[0].gate_up.activations()
+    }
+
+    /// Computes one step and returns the logits, `[R, V]`, of `batch.logits_rows`.
+    ///
+    /// Keys and values of the step's tokens are written to `kv` at `batch.slot_mapping`; block copies come first.
+    ///
+    /// # Panics
+    /// If the batch is larger than the options allow or its arrays do not fit together; what makes batches must not.
+    pub fn forward(&mut self, cpu: &Cpu, batch: &ForwardBatch, kv: &mut KvCache) -> &mut [f32] {
+        for &(from, to) in &batch.block_copies {
+            kv.copy_block(from, to);
+        }
+        let num_tokens = batch.num_tokens();
+        assert!(num_tokens <= self.options.max_tokens, "step of {num_tokens} tokens");
+        let work = &mut self.work;
+        let hidden = &mut work.hidden[..num_tokens * self.config.hidden_size];
+        cpu.embed(self.embedding.as_ref().unwrap_or(&self.lm_head), &batch.token_ids, hidden);
+        cpu.prepare_rope(&mut work.rope, &batch.positions);
+        for (index, layer) in self.layers.iter().enumerate() {
+            layer.attend(cpu, &self.config, work, batch, index, kv);
+            layer.feed_forward(cpu, &self.config, work, num_tokens);
+        }
+        self.head(cpu, batch, num_tokens)
+    }
+
+    /// Final norm and LM head, for the rows that need logits only.
+    fn head(&mut self, cpu: &Cpu, batch: &ForwardBatch, num_tokens: usize) -> &mut [f32] {
+        let num_rows = batch.logits_rows.len();
+        assert!(num_rows <= self.options.max_logits_rows, "step with {num_rows} rows of logits");
+        let work = &mut self.work;
+        let logits = &mut work.logits[..num_rows * self.config.vocab_size];
+        if num_rows > 0 {
+            let hidden = &work.hidden[..num_tokens * self.config.hidden_size];
+            work.final_normed.set_class(self.lm_head.activations());
+            let eps = self.config.rms_norm_eps;
+            cpu.rms_norm_rows(hidden, &batch.logits_rows, &self.norm, eps, &mut work.final_normed);
+            cpu.linear(&self.lm_head, &work.final_normed, logits, Epilogue::Store);
+        }
+        logits
+    }
+}
+
+impl Layer {
+    /// `hidden += attention(norm(hidden))`; writes the step's keys and values.
+    fn attend(
+        &self,
+        cpu: &Cpu,
+        config: &ModelConfig,
+        work: &mut Workspace,
+        batch: &ForwardBatch,
+        index: usize,
+        kv: &mut KvCache,
+    ) {
+        let num_tokens = batch.num_tokens();
+        let hidden = &mut work.hidden[..num_tokens * config.hidden_size];
+        let qkv = &mut work.qkv[..num_tokens * (config.query_size() + 2 * config.kv_size())];
+        let attended = &mut work.attended[..num_tokens * config.query_size()];
+
+        work.normed.set_class(self.qkv.activations());
+        cpu.rms_norm(hidden, &self.attention_norm, config.rms_norm_eps, &mut work.normed);
+        cpu.linear(&self.qkv, &work.normed, qkv, Epilogue::Store);
+        cpu.rope_and_store_kv(qkv, &work.rope, &batch.slot_mapping, index, kv);
+
+        let geometry = AttentionBatch {
+            cu_seqlens: &batch.cu_seqlens,
+            context_lens: &batch.context_lens,
+            block_tables: &batch.block_tables,
+            block_table_offsets: &batch.block_table_offsets,
+        };
+        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        cpu.attention(qkv, &geometry, index, kv, scale, attended);
+
+        work.attended_input.set_class(self.attention_output.activations());
+        cpu.quantize(attended, &mut work.attended_input);
+        cpu.linear(&self.attention_output, &work.attended_input, hidden, Epilogue::Add);
+    }
+
+    /// `hidden += down(silu(gate(norm(hidden))) · up(norm(hidden)))`.
+    fn feed_forward(&self, cpu: &Cpu, config: &ModelConfig, work: &mut Workspace, num_tokens: usize) {
+        let hidden = &mut work.hidden[..num_tokens * config.hidden_size];
+        let gated = &mut work.gated[..num_tokens * config.intermediate_size];
+
+        work.normed.set_class(self.gate_up.activations());
+        cpu.rms_norm(hidden, &self.mlp_norm, config.rms_norm_eps, &mut work.normed);
+        cpu.linear(&self.gate_up, &work.normed, gated, Epilogue::SwiGlu);
+
+        work.gated_input.set_class(self.down.activations());
+        cpu.quantize(gated, &mut work.gated_input);
+        cpu.linear(&self.down, &work.gated_input, hidden, Epilogue::Add);
+    }
+}

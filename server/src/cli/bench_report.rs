@@ -1,0 +1,197 @@
+//! The result of a benchmark, as JSON and as a table.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use tandem_engine::Limits;
+
+/// Everything that one run measured.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    pub(super) model: String,
+    pub(super) weights: String,
+    pub(super) backend: &'static str,
+    pub(super) isa: &'static str,
+    pub(super) threads: usize,
+    pub(super) limits: LimitsReport,
+    pub(super) results: Vec<Row>,
+}
+
+/// What the machine can do at most.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct LimitsReport {
+    read_gb_per_s: f64,
+    f32_tflops: f64,
+    bf16_tflops: f64,
+    int8_tops: f64,
+}
+
+/// One concurrency.
+#[derive(Debug, Serialize)]
+pub(super) struct Row {
+    pub(super) concurrency: usize,
+    pub(super) prompt_tokens: usize,
+    pub(super) output_tokens: usize,
+    pub(super) prefill_tokens_per_second: f64,
+    pub(super) decode_tokens_per_second: f64,
+    pub(super) ttft_ms: Percentiles,
+    pub(super) tpot_ms: Percentiles,
+    pub(super) prefill_share_of_limit: f64,
+    pub(super) decode_share_of_limit: f64,
+}
+
+/// Percentiles in milliseconds, by nearest rank; 0 where nothing was measured.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Percentiles {
+    p50: f64,
+    p95: f64,
+    p99: f64,
+}
+
+impl From<&Limits> for LimitsReport {
+    fn from(limits: &Limits) -> Self {
+        Self {
+            read_gb_per_s: limits.read_gb_per_s,
+            f32_tflops: limits.f32_tflops,
+            bf16_tflops: limits.bf16_tflops,
+            int8_tops: limits.int8_tops,
+        }
+    }
+}
+
+impl Percentiles {
+    pub(super) fn of(mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        let at = |percent: usize| {
+            let rank = (times.len() * percent).div_ceil(100).max(1) - 1;
+            times.get(rank).map_or(0.0, |time| time.as_secs_f64() * 1e3)
+        };
+        Self { p50: at(50), p95: at(95), p99: at(99) }
+    }
+}
+
+impl Report {
+    /// One JSON object and a newline.
+    pub(super) fn json(&self) -> String {
+        // Plain numbers and strings always have a JSON form.
+        let json = serde_json::to_string_pretty(self).unwrap_or_default();
+        format!("{json}\n")
+    }
+
+    /// A table.
+    pub(super) fn text(&self) -> String {
+        let Self { model, weights, backend, isa, threads, limits, .. } = self;
+        let mut out = format!(
+            "{model} {weights}, {backend} {isa}, {threads} threads\n\
+             limits: read {:.1} GB/s, f32 {:.2} TFLOP/s, bf16 {:.2} TFLOP/s, int8 {:.2} TOP/s\n\n\
+             {:>4} {:>7} {:>7} {:>14} {:>8} {:>14} {:>8} {:>20} {:>20}\n",
+            limits.read_gb_per_s,
+            limits.f32_tflops,
+            limits.bf16_tflops,
+            limits.int8_tops,
+            "conc",
+            "prompt",
+            "output",
+            "prefill tok/s",
+            "of limit",
+            "decode tok/s",
+            "of limit",
+            "TTFT ms 50/95/99",
+            "TPOT ms 50/95/99",
+        );
+        for row in &self.results {
+            let three = |p: &Percentiles, digits: usize| {
+                format!("{:.digits$}/{:.digits$}/{:.digits$}", p.p50, p.p95, p.p99)
+            };
+            out += &format!(
+                "{:>4} {:>7} {:>7} {:>14.1} {:>8} {:>14.1} {:>8} {:>20} {:>20}\n",
+                row.concurrency,
+                row.prompt_tokens,
+                row.output_tokens,
+                row.prefill_tokens_per_second,
+                percent(row.prefill_share_of_limit),
+                row.decode_tokens_per_second,
+                percent(row.decode_share_of_limit),
+                three(&row.ttft_ms, 0),
+                three(&row.tpot_ms, 2),
+            );
+        }
+        out
+    }
+
+    /// A share above 1 means that a limit or a speed was measured wrongly.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let shares = self.results.iter().flat_map(|row| {
+            [("prefill", row.prefill_share_of_limit), ("decode", row.decode_share_of_limit)]
+                .map(|(what, share)| (row.concurrency, what, share))
+        });
+        for (concurrency, what, share) in shares {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(format!(
+                    "{what} at concurrency {concurrency} reached {share:.2} of a limit: the limit was measured wrongly"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(share: f64) -> Report {
+        let limits = LimitsReport { read_gb_per_s: 80.0, f32_tflops: 0.5, bf16_tflops: 1.0, int8_tops: 2.0 };
+        let row = Row {
+            concurrency: 1,
+            prompt_tokens: 512,
+            output_tokens: 128,
+            prefill_tokens_per_second: 1.0,
+            decode_tokens_per_second: 2.0,
+            ttft_ms: Percentiles::of((1..=100).map(Duration::from_millis).collect()),
+            tpot_ms: Percentiles::default(),
+            prefill_share_of_limit: share,
+            decode_share_of_limit: 0.5,
+        };
+        let (model, weights) = ("m".to_owned(), "Q4_1".to_owned());
+        Report { model, weights, backend: "cpu", isa: "scalar", threads: 2, limits, results: vec![row] }
+    }
+
+    #[test]
+    fn the_json_has_the_documented_keys() {
+        let json: serde_json::Value = serde_json::from_str(&report(0.5).json()).unwrap();
+        let keys = |value: &serde_json::Value| {
+            value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(keys(&json), "model weights backend isa threads limits results");
+        assert_eq!(keys(&json["limits"]), "read_gb_per_s f32_tflops bf16_tflops int8_tops");
+        assert_eq!(
+            keys(&json["results"][0]),
+            "concurrency prompt_tokens output_tokens prefill_tokens_per_second decode_tokens_per_second ttft_ms tpot_ms \
+             prefill_share_of_limit decode_share_of_limit"
+        );
+        assert_eq!(
+            json["results"][0]["ttft_ms"],
+            serde_json::json!({ "p50": 50.0, "p95": 95.0, "p99": 99.0 })
+        );
+    }
+
+    #[test]
+    fn percentiles_of_few_are_by_nearest_rank() {
+        let p = Percentiles::of([3, 1, 2].map(Duration::from_millis).to_vec());
+        assert_eq!((p.p50, p.p95, p.p99), (2.0, 3.0, 3.0));
+        assert_eq!(Percentiles::of(Vec::new()).p50, 0.0);
+    }
+
+    #[test]
+    fn more_than_the_limit_is_an_error() {
+        assert!(report(1.0).check().is_ok());
+        assert!(report(1.01).check().is_err());
+        assert!(report(f64::NAN).check().is_err());
+        assert!(report(0.5).text().contains("50.0 %"));
+    }
+}

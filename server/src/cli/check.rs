@@ -1,0 +1,153 @@
+//! `tandem check`: would `serve` work with this configuration, and what would it use?
+//!
+//! Goes on after a problem as far as it can, so that one run names them all.
+
+use std::sync::Arc;
+
+use tandem_engine::Inspected;
+
+use super::numbers::{bytes, grouped, parameters};
+use super::startup;
+use super::{Exit, REFUSED, serve, terminal};
+use crate::config::ServeConfig;
+use crate::text::{ChatInput, SpecialTokens, Tokenizer};
+
+/// What is printed, and what is wrong.
+#[derive(Default)]
+struct Findings {
+    text: String,
+    problems: Vec<String>,
+}
+
+/// Runs the command.
+pub(super) fn check(config: ServeConfig) -> Result<(), Exit> {
+    let mut findings = Findings::default();
+    machine(&config, &mut findings);
+    match startup::inspect(&config.common) {
+        Ok(inspected) => {
+            model(&config, &inspected, &mut findings);
+            text(&config, &inspected, &mut findings);
+        }
+        Err(exit) => findings.problems.extend(exit.problems),
+    }
+    ports(&config, &mut findings);
+    terminal::print(&findings.text);
+    if findings.problems.is_empty() {
+        terminal::print("ok\n");
+        return Ok(());
+    }
+    Err(Exit { code: REFUSED, problems: findings.problems })
+}
+
+impl Findings {
+    fn line(&mut self, what: &str, found: impl AsRef<str>) {
+        self.text += &format!("{what:<10} {}\n", found.as_ref());
+    }
+
+    /// The value, or its error among the problems.
+    fn take<T>(&mut self, result: Result<T, Exit>) -> Option<T> {
+        result.map_err(|exit| self.problems.extend(exit.problems)).ok()
+    }
+}
+
+fn machine(config: &ServeConfig, findings: &mut Findings) {
+    let machine = tandem_engine::machine_info(&startup::model_options(&config.common));
+    let machine = machine.map_err(|e| startup::refusal(&config.common, e));
+    let Some(machine) = findings.take(machine) else { return };
+    let limit =
+        machine.memory_limit_bytes.map_or("no limit".to_owned(), |limit| format!("limit {}", bytes(limit)));
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    findings.line("machine", format!("{}, {cpus} CPUs to use", processor()));
+    findings.line("backend", format!("cpu {}, {} threads", machine.isa, machine.threads));
+    findings.line("memory", format!("{} free, {limit}", bytes(machine.memory_available_bytes)));
+}
+
+/// The processor's name where the system tells it, else the architecture's.
+fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+fn model(config: &ServeConfig, inspected: &Inspected, findings: &mut Findings) {
+    let info = inspected.info();
+    findings
+        .line("model", format!("{}: {}, {}", info.name, info.architecture, parameters(info.num_parameters)));
+    findings.line("weights", format!("{} ({})", info.weights, bytes(info.file_bytes)));
+    findings.line(
+        "shape",
+        format!(
+            "{} layers, hidden size {}, {} heads ({} for KV) of {}, vocabulary of {}, context of {}",
+            info.num_layers,
+            grouped(info.hidden_size as u64),
+            info.num_heads,
+            info.num_kv_heads,
+            info.head_dim,
+            grouped(info.vocab_size as u64),
+            grouped(info.max_position_embeddings as u64),
+        ),
+    );
+    let options = startup::engine_options(&config.common, config.max_num_queued_reqs);
+    let plan = inspected.plan(&options).map_err(|e| startup::refusal(&config.common, e));
+    let Some(plan) = findings.take(plan) else { return };
+    findings.line(
+        "KV cache",
+        format!(
+            "{} tokens in {} blocks ({}, {}): {} requests of {} tokens",
+            grouped(plan.kv_tokens as u64),
+            grouped(plan.num_blocks as u64),
+            bytes(plan.kv_bytes),
+            plan.kv_dtype.name(),
+            plan.kv_tokens / plan.max_model_len.max(1),
+            grouped(plan.max_model_len as u64),
+        ),
+    );
+    findings.line("compute", format!("{} activations", plan.activations.name()));
+    plan.notes.iter().for_each(|note| findings.line("note", note));
+}
+
+/// Tokenizer and template, each tried once.
+fn text(config: &ServeConfig, inspected: &Inspected, findings: &mut Findings) {
+    let tokenizer = Tokenizer::from_model(inspected.tokenizer()).map_err(Exit::refused);
+    let Some(tokenizer) = findings.take(tokenizer).map(|found| found.map(Arc::new)) else { return };
+    let Some(tokenizer) = tokenizer else {
+        return findings.line("tokenizer", "none: prompts are token ids only");
+    };
+    let sample = "Hello, world!";
+    let ids = tokenizer.encode(sample, SpecialTokens::AsText).map_err(Exit::refused);
+    if let Some(ids) = findings.take(ids) {
+        findings.line(
+            "tokenizer",
+            format!("{} tokens; {sample:?} is {ids:?}", grouped(tokenizer.vocab_size() as u64)),
+        );
+    }
+    if let Some(note) = startup::vocabulary_note(inspected, &tokenizer) {
+        findings.line("note", note);
+    }
+    let template = startup::template(&config.common, inspected, Some(&tokenizer)).map_err(Exit::refused);
+    match findings.take(template) {
+        Some(Some(template)) => {
+            let messages = serde_json::json!([{ "role": "user", "content": sample }]);
+            let chat = ChatInput { messages: &messages, add_generation_prompt: true, kwargs: None };
+            let rendered = template.render(&chat).map_err(Exit::refused);
+            if let Some(rendered) = findings.take(rendered) {
+                findings.line(
+                    "template",
+                    format!("{} bytes; renders {} bytes", template.source().len(), rendered.text().len()),
+                );
+            }
+        }
+        Some(None) => findings.line("template", "none: /v1/chat/completions is refused"),
+        None => {}
+    }
+}
+
+fn ports(config: &ServeConfig, findings: &mut Findings) {
+    let wanted = [("port", Some(config.port)), ("metrics-port", config.metrics_port)];
+    for (flag, port) in wanted {
+        let Some(port) = port else { continue };
+        if findings.take(serve::bind(config, flag, port)).is_some() {
+            findings.line(flag, format!("{port} on {} is free", config.host));
+        }
+    }
+}

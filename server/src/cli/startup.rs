@@ -1,0 +1,185 @@
+//! From a checked configuration to a model that runs: the only file of the server that knows how the engine loads.
+//!
+//! Two phases. [`prepare`] reads headers, configuration, tokenizer and template and refuses what cannot work, before
+//! any port opens; [`Prepared::load`] reads the weights and starts the step thread.
+
+use std::sync::Arc;
+
+use tandem_engine::{
+    BackendInfo, DType, EngineHandle, EngineOptions, EnginePlan, GenerationConfig, Inspected, LoadError,
+    ModelDType, ModelInfo, ModelOptions,
+};
+
+use super::Exit;
+use crate::config::{
+    Activations, CommonConfig, ConfigError, Dtype, Isa, KvCacheDtype, LoadFormat, WeightType,
+};
+use crate::text::{ChatTemplate, TextError, Tokenizer};
+
+/// Bytes of requests that may wait.
+const MAX_QUEUED_BYTES: usize = 256 << 20;
+
+/// A model that was checked.
+pub(super) struct Prepared {
+    pub(super) inspected: Inspected,
+    pub(super) options: EngineOptions,
+    pub(super) plan: EnginePlan,
+    pub(super) tokenizer: Option<Arc<Tokenizer>>,
+    pub(super) template: Option<Arc<ChatTemplate>>,
+}
+
+/// A model that runs.
+pub(super) struct Running {
+    pub(super) engine: EngineHandle,
+    pub(super) info: ModelInfo,
+    pub(super) plan: EnginePlan,
+    pub(super) backend: BackendInfo,
+    pub(super) generation: GenerationConfig,
+    pub(super) tokenizer: Option<Arc<Tokenizer>>,
+    pub(super) template: Option<Arc<ChatTemplate>>,
+}
+
+/// Checks the model, its tokenizer and template, and the sizes that follow from model and machine.
+///
+/// # Errors
+/// The first refusal, in one line.
+pub(super) fn prepare(config: &CommonConfig, options: EngineOptions) -> Result<Prepared, Exit> {
+    let inspected = inspect(config)?;
+    let tokenizer = Tokenizer::from_model(inspected.tokenizer()).map_err(Exit::refused)?.map(Arc::new);
+    if let Some(note) = tokenizer.as_ref().and_then(|tokenizer| vocabulary_note(&inspected, tokenizer)) {
+        tracing::warn!("{note}");
+    }
+    let template = template(config, &inspected, tokenizer.as_ref()).map_err(Exit::refused)?.map(Arc::new);
+    let plan = inspected.plan(&options).map_err(|e| refusal(config, e))?;
+    for note in &plan.notes {
+        tracing::warn!("{note}");
+    }
+    Ok(Prepared { inspected, options, plan, tokenizer, template })
+}
+
+/// Reads the model's headers and configuration.
+pub(super) fn inspect(config: &CommonConfig) -> Result<Inspected, Exit> {
+    tandem_engine::inspect(&model_options(config)).map_err(|e| refusal(config, e))
+}
+
+/// What is to be said of a tokenizer with more tokens than the model: prompts that use them are refused one by one.
+pub(super) fn vocabulary_note(inspected: &Inspected, tokenizer: &Tokenizer) -> Option<String> {
+    let (has, model) = (tokenizer.vocab_size(), inspected.info().vocab_size);
+    (has > model).then(|| {
+        format!("the tokenizer has {has} tokens, the model {model}: prompts with the others are refused")
+    })
+}
+
+/// The chat template: the configuration's, else the model's. Without a tokenizer there is nothing to render for.
+pub(super) fn template(
+    config: &CommonConfig,
+    inspected: &Inspected,
+    tokenizer: Option<&Arc<Tokenizer>>,
+) -> Result<Option<ChatTemplate>, TextError> {
+    let source = config.chat_template.as_deref().or(inspected.chat_template());
+    let Some((source, tokenizer)) = source.zip(tokenizer) else { return Ok(None) };
+    ChatTemplate::new(source, Arc::clone(tokenizer)).map(Some)
+}
+
+impl Prepared {
+    /// Reads the weights and starts the step thread; may take seconds.
+    ///
+    /// # Errors
+    /// What loading found, in one line.
+    pub(super) fn load(self, config: &CommonConfig) -> Result<Running, Exit> {
+        let info = self.inspected.info().clone();
+        let generation = self.inspected.generation().clone();
+        let loaded = self.inspected.load(&self.options).map_err(|e| refusal(config, e))?;
+        Ok(Running {
+            engine: tandem_engine::spawn(loaded.executor, loaded.config),
+            info,
+            plan: loaded.plan,
+            backend: loaded.backend,
+            generation,
+            tokenizer: self.tokenizer,
+            template: self.template,
+        })
+    }
+}
+
+/// The engine's view of the model flags.
+pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
+    ModelOptions {
+        path: config.model.clone(),
+        load_format: match config.load_format {
+            LoadFormat::Auto => tandem_engine::LoadFormat::Auto,
+            LoadFormat::Dummy => tandem_engine::LoadFormat::Dummy,
+        },
+        dummy_weights: dummy_weights(config),
+        dtype: match config.dtype {
+            Dtype::F32 => ModelDType::F32,
+            Dtype::Bf16 => ModelDType::Bf16,
+            // f16 was refused with the configuration.
+            Dtype::Auto | Dtype::F16 => ModelDType::Auto,
+        },
+        activations: match config.activations {
+            Activations::Auto => None,
+            Activations::Int8 => Some(tandem_engine::Activations::Int8),
+            Activations::Bf16 => Some(tandem_engine::Activations::Bf16),
+            Activations::F32 => Some(tandem_engine::Activations::F32),
+        },
+        kv_cache_dtype: match config.kv_cache_dtype {
+            KvCacheDtype::F32 => Some(tandem_engine::KvDType::F32),
+            KvCacheDtype::Bf16 => Some(tandem_engine::KvDType::Bf16),
+            KvCacheDtype::F16 => Some(tandem_engine::KvDType::F16),
+            // int8 was refused with the configuration.
+            KvCacheDtype::Auto | KvCacheDtype::Int8 => None,
+        },
+        isa: match config.isa {
+            Isa::Auto => None,
+            Isa::Avx512 => Some(tandem_engine::Isa::Avx512),
+            Isa::Avx2 => Some(tandem_engine::Isa::Avx2),
+            Isa::Scalar => Some(tandem_engine::Isa::Scalar),
+            // neon was refused with the configuration.
+            Isa::Neon => None,
+        },
+        threads: config.threads,
+        seed: config.seed.unwrap_or(0),
+    }
+}
+
+/// The engine's view of the size flags.
+pub(super) fn engine_options(config: &CommonConfig, max_queued_requests: usize) -> EngineOptions {
+    EngineOptions {
+        max_model_len: config.max_model_len,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        block_size: config.block_size,
+        kv_cache_memory_bytes: config.kv_cache_memory_bytes,
+        prefix_caching: config.prefix_caching,
+        max_queued_requests,
+        max_queued_bytes: MAX_QUEUED_BYTES,
+        poison_freed_blocks: false,
+    }
+}
+
+fn dummy_weights(config: &CommonConfig) -> Option<DType> {
+    if config.load_format != LoadFormat::Dummy {
+        return None;
+    }
+    Some(match config.dummy_weights {
+        Some(WeightType::F32) => DType::F32,
+        Some(WeightType::F16) => DType::F16,
+        Some(WeightType::Bf16) => DType::Bf16,
+        Some(WeightType::Q8_0) => DType::Q8_0,
+        Some(WeightType::Q4_0) => DType::Q4_0,
+        Some(WeightType::Q4_1) => DType::Q4_1,
+        None if config.dtype == Dtype::F32 => DType::F32,
+        None => DType::Bf16,
+    })
+}
+
+/// A refusal that names where the value of a flag was written.
+pub(super) fn refusal(config: &CommonConfig, error: LoadError) -> Exit {
+    match error {
+        LoadError::Option { option, reason } => {
+            Exit::refused(ConfigError::new(config.origins.of(option), reason))
+        }
+        other => Exit::refused(other),
+    }
+}

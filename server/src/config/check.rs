@@ -1,0 +1,353 @@
+//! From raw flags to a configuration that holds together.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use super::error::{ConfigError, Origin};
+use super::flags::{
+    BenchFlags, ComputeFlags, LogFlags, MemoryFlags, ModelFlags, ModelOptions, RunFlags, SchedulingFlags,
+    ServeFlags,
+};
+use super::layers::Origins;
+use super::secret::ApiKey;
+use super::values::{Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType};
+
+/// Tokens per KV block.
+const BLOCK_SIZE: u32 = 16;
+/// The most bytes of a chat template's file.
+const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
+/// The default model's place in the cache folder.
+const DEFAULT_MODEL: &str = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+
+/// What all commands need to know.
+#[derive(Debug, Clone)]
+pub struct CommonConfig {
+    /// A GGUF file or a folder.
+    pub model: PathBuf,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+    /// Type of random weights.
+    pub dummy_weights: Option<WeightType>,
+    /// Type of unquantised weights.
+    pub dtype: Dtype,
+    /// Type that quantised weights are multiplied with.
+    pub activations: Activations,
+    /// Type of KV.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Instruction set.
+    pub isa: Isa,
+    /// Threads that compute; `None`: as the machine has.
+    pub threads: Option<usize>,
+    /// Seed of random weights, of the answers of `run` and of the prompts of `bench`.
+    pub seed: Option<u64>,
+    /// Text of the chat template that replaces the model's.
+    pub chat_template: Option<String>,
+    /// Tokens of prompt and output together; `None`: the model's.
+    pub max_model_len: Option<usize>,
+    /// Memory for KV in bytes; `None`: chosen.
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Tokens in a KV block.
+    pub block_size: usize,
+    /// Whether prompts that begin alike share KV.
+    pub prefix_caching: bool,
+    /// Sequences in one step.
+    pub max_num_seqs: usize,
+    /// Query tokens in one step.
+    pub max_num_batched_tokens: usize,
+    /// Form of the log.
+    pub log_format: LogFormat,
+    /// Filter of the log, if one was given.
+    pub log_level: Option<String>,
+    /// Where each value was written, for refusals that come later.
+    pub origins: Origins,
+}
+
+/// `tandem serve` and `tandem check`.
+#[derive(Debug, Clone)]
+pub struct ServeConfig {
+    /// Model, machine, memory.
+    pub common: CommonConfig,
+    /// Address to listen on.
+    pub host: IpAddr,
+    /// Port of the API.
+    pub port: u16,
+    /// Port of the metrics alone.
+    pub metrics_port: Option<u16>,
+    /// Names of the model; the first is the one in answers. Empty until the model's own name is known, which
+    /// `serve` fills in before anything reads it.
+    pub served_model_names: Vec<String>,
+    /// Keys of which requests must bring one, if there are any.
+    pub api_keys: Vec<ApiKey>,
+    /// Requests that may wait.
+    pub max_num_queued_reqs: usize,
+    /// How long running requests may take to finish after SIGTERM.
+    pub shutdown_timeout: Duration,
+}
+
+/// `tandem run`.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// Model, machine, memory.
+    pub common: CommonConfig,
+    /// The prompt; `None`: a chat.
+    pub prompt: Option<String>,
+    /// Instruction before the chat.
+    pub system: Option<String>,
+    /// No chat template.
+    pub raw: bool,
+    /// Tokens of an answer; `None`: the rest of the context.
+    pub max_tokens: Option<usize>,
+    /// The model's own where `None`.
+    pub temperature: Option<f32>,
+    /// The model's own where `None`.
+    pub top_p: Option<f32>,
+    /// The model's own where `None`.
+    pub top_k: Option<u32>,
+    /// 0 is off.
+    pub min_p: f32,
+    /// The model's own where `None`.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// `tandem bench`.
+#[derive(Debug, Clone)]
+pub struct BenchConfig {
+    /// Model, machine, memory; the prefix cache is off.
+    pub common: CommonConfig,
+    /// Tokens of each prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of each answer.
+    pub output_tokens: usize,
+    /// Requests at once, one measurement for each.
+    pub concurrency: Vec<usize>,
+    /// Requests of each measurement; `None`: chosen by concurrency.
+    pub num_requests: Option<usize>,
+    /// Form of the result.
+    pub format: OutputFormat,
+}
+
+/// How a result is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// A table.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+pub(super) fn serve(flags: ServeFlags, origins: &Origins) -> Result<ServeConfig, ConfigError> {
+    let ServeFlags { model, compute, memory, scheduling, log, .. } = flags;
+    let (model, options) = split(model);
+    if flags.metrics_port != 0 && flags.metrics_port == flags.port {
+        return Err(refuse(origins, "metrics-port", "is the API's port too; give another, or 0 for none"));
+    }
+    if let Some(name) = flags.served_model_name.iter().find(|name| name.trim().is_empty() || name.len() > 256)
+    {
+        return Err(refuse(origins, "served-model-name", format!("{name:?} is no name")));
+    }
+    if flags.api_key.iter().any(|key| key.is_empty() || key.len() > 1024) {
+        return Err(refuse(origins, "api-key", "a key must have 1 to 1024 bytes"));
+    }
+    if flags.shutdown_timeout > 86_400 {
+        return Err(refuse(origins, "shutdown-timeout", "is more than a day"));
+    }
+    let common = common(model, options, compute, memory, scheduling, log, origins)?;
+    Ok(ServeConfig {
+        common,
+        host: flags.host,
+        port: flags.port,
+        metrics_port: (flags.metrics_port != 0).then_some(flags.metrics_port),
+        served_model_names: flags.served_model_name,
+        api_keys: flags.api_key.into_iter().map(ApiKey::new).collect(),
+        max_num_queued_reqs: flags.max_num_queued_reqs as usize,
+        shutdown_timeout: Duration::from_secs(flags.shutdown_timeout),
+    })
+}
+
+pub(super) fn run(flags: RunFlags, origins: &Origins) -> Result<RunConfig, ConfigError> {
+    let RunFlags { arguments, model: options, compute, memory, scheduling, log, .. } = flags;
+    let (model, prompt) = model_and_prompt(arguments, options.model.is_some())?;
+    for (name, value) in [("top-p", flags.top_p), ("min-p", Some(flags.min_p))] {
+        if value.is_some_and(|p| !(0.0..=1.0).contains(&p)) {
+            return Err(refuse(origins, name, "must lie between 0 and 1"));
+        }
+    }
+    if flags.temperature.is_some_and(|t| !(0.0..=100.0).contains(&t)) {
+        return Err(refuse(origins, "temperature", "must lie between 0 and 100"));
+    }
+    if flags.repetition_penalty.is_some_and(|p| !(p > 0.0 && p.is_finite())) {
+        return Err(refuse(origins, "repetition-penalty", "must be above 0"));
+    }
+    Ok(RunConfig {
+        common: common(model, options, compute, memory, scheduling, log, origins)?,
+        prompt,
+        system: flags.system,
+        raw: flags.raw,
+        max_tokens: flags.max_tokens.map(|n| n as usize),
+        temperature: flags.temperature,
+        top_p: flags.top_p,
+        top_k: flags.top_k,
+        min_p: flags.min_p,
+        repetition_penalty: flags.repetition_penalty,
+    })
+}
+
+pub(super) fn bench(flags: BenchFlags, origins: &Origins) -> Result<BenchConfig, ConfigError> {
+    let BenchFlags { model, compute, memory, scheduling, log, .. } = flags;
+    let (model, options) = split(model);
+    let mut common = common(model, options, compute, memory, scheduling, log, origins)?;
+    common.prefix_caching = false;
+    if let Some(&most) = flags.concurrency.iter().max().filter(|&&most| most > 4096) {
+        return Err(refuse(origins, "concurrency", format!("{most} is more than 4096")));
+    }
+    Ok(BenchConfig {
+        common,
+        prompt_tokens: flags.prompt_tokens as usize,
+        output_tokens: flags.output_tokens as usize,
+        concurrency: flags.concurrency.into_iter().map(|n| n as usize).collect(),
+        num_requests: flags.num_requests.map(|n| n as usize),
+        format: flags.format,
+    })
+}
+
+fn split(flags: ModelFlags) -> (Option<PathBuf>, ModelOptions) {
+    (flags.model_positional, flags.options)
+}
+
+fn common(
+    model: Option<PathBuf>,
+    options: ModelOptions,
+    compute: ComputeFlags,
+    memory: MemoryFlags,
+    scheduling: SchedulingFlags,
+    log: LogFlags,
+    origins: &Origins,
+) -> Result<CommonConfig, ConfigError> {
+    let refuse = |flag: &str, message: &str| refuse(origins, flag, message);
+    if memory.block_size != BLOCK_SIZE {
+        return Err(refuse("block-size", "only 16 is possible; leave the flag out"));
+    }
+    if compute.device == Device::Cuda {
+        return Err(refuse("device", "this build computes on the CPU only; use cpu or auto"));
+    }
+    if compute.isa == Isa::Neon {
+        return Err(refuse("isa", "neon is not supported by this build; use auto or scalar"));
+    }
+    if options.dtype == Dtype::F16 {
+        return Err(refuse("dtype", "the CPU does not compute in float16; use bfloat16, float32 or auto"));
+    }
+    if memory.kv_cache_dtype == KvCacheDtype::Int8 {
+        return Err(refuse("kv-cache-dtype", "int8 is not supported yet; use bf16, f16 or f32"));
+    }
+    if options.dummy_weights.is_some() && options.load_format != LoadFormat::Dummy {
+        return Err(refuse("dummy-weights", "needs --load-format dummy"));
+    }
+    if scheduling.max_num_batched_tokens < scheduling.max_num_seqs {
+        let message = format!(
+            "{} is less than max-num-seqs {}; every running sequence needs its token",
+            scheduling.max_num_batched_tokens, scheduling.max_num_seqs
+        );
+        return Err(refuse("max-num-batched-tokens", &message));
+    }
+    if let Some(filter) = &log.log_level {
+        let checked = tracing_subscriber::EnvFilter::try_new(filter);
+        checked.map_err(|e| refuse("log-level", &format!("{filter:?} is no log filter: {e}")))?;
+    }
+    Ok(CommonConfig {
+        model: options.model.or(model).map_or_else(default_model, Ok)?,
+        load_format: options.load_format,
+        dummy_weights: options.dummy_weights,
+        dtype: options.dtype,
+        activations: compute.activations,
+        kv_cache_dtype: memory.kv_cache_dtype,
+        isa: compute.isa,
+        threads: compute.threads.map(usize::from),
+        seed: options.seed,
+        chat_template: options.chat_template.map(|given| template_text(given, origins)).transpose()?,
+        max_model_len: memory.max_model_len.map(|n| n as usize),
+        kv_cache_memory_bytes: memory.kv_cache_memory_bytes,
+        block_size: memory.block_size as usize,
+        prefix_caching: prefix_caching(&memory, origins)?,
+        max_num_seqs: scheduling.max_num_seqs as usize,
+        max_num_batched_tokens: scheduling.max_num_batched_tokens as usize,
+        log_format: log.log_format,
+        log_level: log.log_level,
+        origins: origins.clone(),
+    })
+}
+
+/// The flag and its negation are one setting; layers see to it that only one layer speaks.
+fn prefix_caching(memory: &MemoryFlags, origins: &Origins) -> Result<bool, ConfigError> {
+    let (yes, no) = ("enable-prefix-caching", "no-enable-prefix-caching");
+    let disabled = memory.no_enable_prefix_caching;
+    if origins.given(yes) && origins.given(no) && memory.enable_prefix_caching == disabled {
+        return Err(refuse(origins, no, format!("contradicts {}", origins.of(yes))));
+    }
+    Ok(if origins.given(no) { !disabled } else { memory.enable_prefix_caching })
+}
+
+/// The template's text: the argument itself if it is one, else the file that it names.
+fn template_text(given: String, origins: &Origins) -> Result<String, ConfigError> {
+    let refuse = |message: String| refuse(origins, "chat-template", message);
+    if given.contains("{{") || given.contains("{%") {
+        return Ok(given);
+    }
+    let path = Path::new(&given);
+    match std::fs::metadata(path) {
+        Err(e) => Err(refuse(format!("{given:?} is neither a template nor a file that can be read: {e}"))),
+        Ok(facts) if facts.len() > MAX_TEMPLATE_BYTES => {
+            Err(refuse(format!("{given:?} is larger than 1 MiB")))
+        }
+        Ok(_) => std::fs::read_to_string(path).map_err(|e| refuse(format!("{given:?} cannot be read: {e}"))),
+    }
+}
+
+/// `[MODEL] [PROMPT]`, where one argument alone may be either.
+fn model_and_prompt(
+    arguments: Vec<String>,
+    model_given: bool,
+) -> Result<(Option<PathBuf>, Option<String>), ConfigError> {
+    let mut arguments = arguments.into_iter();
+    match (arguments.next(), arguments.next()) {
+        (Some(_), Some(_)) if model_given => Err(ConfigError::new(
+            Origin::CommandLine,
+            "the model is given twice; leave out --model or the first argument",
+        )),
+        (Some(model), Some(prompt)) => Ok((Some(PathBuf::from(model)), Some(prompt))),
+        (Some(one), None) if !model_given && looks_like_model(&one) => Ok((Some(PathBuf::from(one)), None)),
+        (prompt, _) => Ok((None, prompt)),
+    }
+}
+
+fn looks_like_model(argument: &str) -> bool {
+    let path = Path::new(argument);
+    path.exists()
+        || (path.extension().is_some_and(|e| e == "gguf") && !argument.contains(char::is_whitespace))
+}
+
+/// The default model, where the cache folder has it.
+fn default_model() -> Result<PathBuf, ConfigError> {
+    let path = cache_folder().map(|folder| folder.join(DEFAULT_MODEL));
+    path.filter(|path| path.exists()).ok_or_else(|| {
+        ConfigError::new(
+            Origin::CommandLine,
+            "no model: name a GGUF file or a folder (tandem serve MODEL), or run `make model`, which fetches the \
+             default one",
+        )
+    })
+}
+
+/// `TANDEM_CACHE_DIR`, else `tandem` in the user's cache folder.
+fn cache_folder() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    variable("TANDEM_CACHE_DIR")
+        .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("tandem")))
+        .or_else(|| variable("HOME").map(|home| home.join(".cache/tandem")))
+}
+
+fn refuse(origins: &Origins, flag: &str, message: impl Into<String>) -> ConfigError {
+    ConfigError::new(origins.of(flag), message)
+}

@@ -1,0 +1,286 @@
+//! Raw flags, as clap reads them. What they mean together is decided in [`super::check`].
+//!
+//! Names are those of `vllm serve` where the meaning is the same. Every long flag has a variable and a key of the
+//! same name ([`super::layers`]); the help shows the variable.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Arg, ArgAction, Args, CommandFactory, Parser, Subcommand};
+
+use super::check::OutputFormat;
+use super::layers;
+use super::values::{
+    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType, byte_size,
+};
+
+const MODEL: &str = "Model";
+const COMPUTE: &str = "Compute";
+const MEMORY: &str = "Context and KV cache";
+const SCHEDULING: &str = "Scheduling";
+const SERVER: &str = "Server";
+const SAMPLING: &str = "Sampling";
+const BENCH: &str = "Benchmark";
+const CONFIGURATION: &str = "Configuration and logs";
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// Serve a large language model on this machine.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tandem",
+    version,
+    styles = STYLES,
+    max_term_width = 110,
+    disable_help_subcommand = true,
+    after_help = "Every flag --foo-bar is also the variable TANDEM_FOO_BAR and the key foo-bar of the YAML file of \
+                  --config. A flag wins over the variable, the variable over the file."
+)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub(super) command: CommandFlags,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum CommandFlags {
+    /// Answer OpenAI-compatible requests over HTTP.
+    Serve(Box<ServeFlags>),
+    /// Answer one prompt in the terminal, or chat when there is none.
+    Run(Box<RunFlags>),
+    /// Measure prefill and decode speed against this machine's limits.
+    Bench(Box<BenchFlags>),
+    /// Say whether machine, model and configuration fit, and what would be used.
+    Check(Box<ServeFlags>),
+}
+
+/// The command with the variables' names in its help.
+pub(super) fn command() -> clap::Command {
+    let command = Cli::command();
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    names.into_iter().fold(command, |command, name| {
+        command.mut_subcommand(name, |sub| layers::show_variables(sub).disable_help_flag(true).arg(help()))
+    })
+}
+
+/// Help that fits a screen: one line for each flag, its values in brackets.
+fn help() -> Arg {
+    Arg::new("help")
+        .short('h')
+        .long("help")
+        .action(ArgAction::HelpShort)
+        .help("Print this")
+        .help_heading(CONFIGURATION)
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ModelFlags {
+    /// A GGUF file or a folder in Hugging Face layout [default: the default model in the cache folder]
+    #[arg(value_name = "MODEL", id = "model-positional", conflicts_with = "model")]
+    pub(super) model_positional: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) options: ModelOptions,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ModelOptions {
+    /// The same as MODEL
+    #[arg(long, value_name = "PATH", help_heading = MODEL)]
+    pub(super) model: Option<PathBuf>,
+    /// Where weights come from; dummy makes random ones of the shapes that config.json gives
+    #[arg(long, value_name = "FORMAT", default_value = "auto", hide_possible_values = false, help_heading = MODEL)]
+    pub(super) load_format: LoadFormat,
+    /// Type of random weights [default: as --dtype, else bf16]
+    #[arg(long, value_name = "TYPE", ignore_case = true, help_heading = MODEL)]
+    pub(super) dummy_weights: Option<WeightType>,
+    /// Type of unquantised weights; f32 means weights, activations and KV
+    #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = MODEL)]
+    pub(super) dtype: Dtype,
+    /// Chat template instead of the model's own: a file, or the template itself
+    #[arg(long, value_name = "FILE|JINJA", help_heading = MODEL)]
+    pub(super) chat_template: Option<String>,
+    /// Seed of random weights, of run's answers and of bench's prompts [default: 0, and a fresh one for each answer]
+    #[arg(long, value_name = "N", help_heading = MODEL)]
+    pub(super) seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ComputeFlags {
+    /// What computes
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = COMPUTE)]
+    pub(super) device: Device,
+    /// Type that quantised weights are multiplied with
+    #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = COMPUTE)]
+    pub(super) activations: Activations,
+    /// Instruction set
+    #[arg(long, value_name = "ISA", default_value = "auto", help_heading = COMPUTE)]
+    pub(super) isa: Isa,
+    /// Threads that compute [default: whole CPUs of the quota]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = COMPUTE)]
+    pub(super) threads: Option<u16>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MemoryFlags {
+    /// Tokens of prompt and answer together [default: the model's, as far as the KV cache holds it]
+    #[arg(long, value_name = "TOKENS", value_parser = count(), help_heading = MEMORY)]
+    pub(super) max_model_len: Option<u64>,
+    /// Memory for KV, e.g. 4GiB [default: what the limits below need, at most 25 % of free memory and 4 GiB]
+    #[arg(long, value_name = "BYTES", value_parser = byte_size, help_heading = MEMORY)]
+    pub(super) kv_cache_memory_bytes: Option<u64>,
+    /// Type of KV; auto is f32 with --dtype f32, else bf16
+    #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = MEMORY)]
+    pub(super) kv_cache_dtype: KvCacheDtype,
+    /// Tokens in one KV block; only 16 is possible
+    #[arg(long, value_name = "TOKENS", default_value = "16", help_heading = MEMORY)]
+    pub(super) block_size: u32,
+    /// Reuse KV of prompts that begin alike
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "true", help_heading = MEMORY)]
+    pub(super) enable_prefix_caching: bool,
+    /// Do not
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, hide_possible_values = true, help_heading = MEMORY)]
+    pub(super) no_enable_prefix_caching: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SchedulingFlags {
+    /// Sequences that run at once
+    #[arg(long, value_name = "N", default_value = "64", value_parser = count(), help_heading = SCHEDULING)]
+    pub(super) max_num_seqs: u64,
+    /// Tokens of one step, prompts and answers together
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = count(), help_heading = SCHEDULING)]
+    pub(super) max_num_batched_tokens: u64,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LogFlags {
+    /// YAML file with flags as keys
+    #[arg(long, value_name = "FILE", help_heading = CONFIGURATION)]
+    pub(super) config: Option<PathBuf>,
+    /// Form of the log on standard error
+    #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = CONFIGURATION)]
+    pub(super) log_format: LogFormat,
+    /// What to log: error, warn, info, debug, trace, or a filter such as info,tandem_engine=debug [default:
+    /// RUST_LOG, else info for serve and warn for the others]
+    #[arg(long, value_name = "LEVEL", help_heading = CONFIGURATION)]
+    pub(super) log_level: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeFlags {
+    #[command(flatten)]
+    pub(super) model: ModelFlags,
+    #[command(flatten)]
+    pub(super) compute: ComputeFlags,
+    #[command(flatten)]
+    pub(super) memory: MemoryFlags,
+    #[command(flatten)]
+    pub(super) scheduling: SchedulingFlags,
+    /// Requests that may wait; beyond, they are refused
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = count(), help_heading = SCHEDULING)]
+    pub(super) max_num_queued_reqs: u64,
+    /// Address to listen on
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0", help_heading = SERVER)]
+    pub(super) host: IpAddr,
+    /// Port of the API and of /metrics
+    #[arg(long, value_name = "PORT", default_value = "8000", help_heading = SERVER)]
+    pub(super) port: u16,
+    /// Port of the metrics alone; 0 for none
+    #[arg(long, value_name = "PORT", default_value = "9090", help_heading = SERVER)]
+    pub(super) metrics_port: u16,
+    /// Names that requests may use for the model [default: the model's own]
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',', help_heading = SERVER)]
+    pub(super) served_model_name: Vec<String>,
+    /// Keys, one of which requests must bring; better set by the variable, which other users cannot see
+    #[arg(long, value_name = "KEY", num_args = 1.., value_delimiter = ',', help_heading = SERVER)]
+    pub(super) api_key: Vec<String>,
+    /// Seconds that running requests get to finish on SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value = "120", help_heading = SERVER)]
+    pub(super) shutdown_timeout: u64,
+    #[command(flatten)]
+    pub(super) log: LogFlags,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunFlags {
+    /// The model (as --model), then the prompt. One argument alone is the model if it is a file or folder, else the
+    /// prompt. Without a prompt: a chat
+    #[arg(value_name = "MODEL] [PROMPT", num_args = 0..=2)]
+    pub(super) arguments: Vec<String>,
+    #[command(flatten)]
+    pub(super) model: ModelOptions,
+    #[command(flatten)]
+    pub(super) compute: ComputeFlags,
+    #[command(flatten)]
+    pub(super) memory: MemoryFlags,
+    #[command(flatten)]
+    pub(super) scheduling: SchedulingFlags,
+    /// Tokens of the answer [default: the rest of the context]
+    #[arg(long, value_name = "N", value_parser = count(), help_heading = SAMPLING)]
+    pub(super) max_tokens: Option<u64>,
+    /// 0 always takes the likeliest token [default: the model's, else 1]
+    #[arg(long, value_name = "X", help_heading = SAMPLING)]
+    pub(super) temperature: Option<f32>,
+    /// Draw from the likeliest tokens that together reach this share [default: the model's, else 1]
+    #[arg(long, value_name = "X", help_heading = SAMPLING)]
+    pub(super) top_p: Option<f32>,
+    /// Draw from this many likeliest tokens; 0 for all [default: the model's, else 0]
+    #[arg(long, value_name = "N", help_heading = SAMPLING)]
+    pub(super) top_k: Option<u32>,
+    /// Draw from tokens at least this share as likely as the likeliest
+    #[arg(long, value_name = "X", default_value = "0", help_heading = SAMPLING)]
+    pub(super) min_p: f32,
+    /// Above 1 makes repetition less likely [default: the model's, else 1]
+    #[arg(long, value_name = "X", help_heading = SAMPLING)]
+    pub(super) repetition_penalty: Option<f32>,
+    /// Instruction before the chat
+    #[arg(long, value_name = "TEXT", help_heading = SAMPLING)]
+    pub(super) system: Option<String>,
+    /// Give the prompt to the model as it is, without a chat template
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, hide_possible_values = true, help_heading = SAMPLING)]
+    pub(super) raw: bool,
+    #[command(flatten)]
+    pub(super) log: LogFlags,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BenchFlags {
+    #[command(flatten)]
+    pub(super) model: ModelFlags,
+    #[command(flatten)]
+    pub(super) compute: ComputeFlags,
+    #[command(flatten)]
+    pub(super) memory: MemoryFlags,
+    #[command(flatten)]
+    pub(super) scheduling: SchedulingFlags,
+    /// Tokens of each prompt, random and distinct
+    #[arg(long, value_name = "N", default_value = "512", value_parser = count(), help_heading = BENCH)]
+    pub(super) prompt_tokens: u64,
+    /// Tokens of each answer
+    #[arg(long, value_name = "N", default_value = "128", value_parser = count(), help_heading = BENCH)]
+    pub(super) output_tokens: u64,
+    /// Requests at once, one measurement for each
+    #[arg(long, value_name = "N,…", num_args = 1.., value_delimiter = ',', default_value = "1,16",
+          value_parser = count(), help_heading = BENCH)]
+    pub(super) concurrency: Vec<u64>,
+    /// Requests of each measurement [default: twice the concurrency, at least 3]
+    #[arg(long, value_name = "N", value_parser = count(), help_heading = BENCH)]
+    pub(super) num_requests: Option<u64>,
+    /// Form of the result on standard output
+    #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = BENCH)]
+    pub(super) format: OutputFormat,
+    #[command(flatten)]
+    pub(super) log: LogFlags,
+}
+
+/// A whole number from 1 on.
+fn count() -> clap::builder::RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..=u64::from(u32::MAX))
+}

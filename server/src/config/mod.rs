@@ -1,0 +1,80 @@
+//! Configuration: what a person wrote (flags, environment, file), and what the program runs with.
+//!
+//! [`flags`] are raw and belong to clap; [`ServeConfig`], [`RunConfig`] and [`BenchConfig`] are checked once and never
+//! written to afterwards. Precedence: flag, environment (`TANDEM_PORT` for `--port`), file of `--config` (key
+//! `port`), default. Every refusal names where the value came from.
+
+mod check;
+mod error;
+mod file;
+mod flags;
+mod layers;
+mod secret;
+mod values;
+
+pub use check::{BenchConfig, CommonConfig, OutputFormat, RunConfig, ServeConfig};
+pub use error::{ConfigError, Origin};
+pub use layers::{Environment, Origins, environment_of_process};
+pub use secret::ApiKey;
+pub use values::{Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType};
+
+use clap::FromArgMatches;
+use std::ffi::OsString;
+
+/// A command with its checked configuration.
+#[derive(Debug)]
+pub enum Command {
+    /// `tandem serve`
+    Serve(Box<ServeConfig>),
+    /// `tandem run`
+    Run(Box<RunConfig>),
+    /// `tandem bench`
+    Bench(Box<BenchConfig>),
+    /// `tandem check`: its own configuration, if that alone can be made sense of, and everything wrong with it.
+    Check(Box<ServeConfig>),
+}
+
+/// Why there is no command to run.
+#[derive(Debug)]
+pub enum Stop {
+    /// Help or version was asked for: the text for standard output.
+    Shown(Box<clap::builder::StyledStr>),
+    /// The configuration was refused.
+    Refused(ConfigError),
+}
+
+/// A command and what should be logged about how it was configured.
+#[derive(Debug)]
+pub struct Parsed {
+    /// What to do.
+    pub command: Command,
+    /// Things that look like mistakes but refuse nothing.
+    pub notes: Vec<String>,
+}
+
+/// Reads the command line with its environment.
+///
+/// # Errors
+/// [`Stop::Refused`] names the flag, variable or key and what to do about it.
+pub fn parse(arguments: Vec<OsString>, environment: &Environment) -> Result<Parsed, Stop> {
+    let resolved = layers::resolve(flags::command(), arguments, environment)?;
+    let cli = flags::Cli::from_arg_matches(&resolved.matches)
+        .map_err(|e| Stop::Refused(ConfigError::new(Origin::CommandLine, error::one_line(&e))))?;
+    let origins = &resolved.origins;
+    let command = match cli.command {
+        flags::CommandFlags::Serve(flags) => {
+            check::serve(*flags, origins).map(|c| Command::Serve(Box::new(c)))
+        }
+        flags::CommandFlags::Check(flags) => {
+            check::serve(*flags, origins).map(|c| Command::Check(Box::new(c)))
+        }
+        flags::CommandFlags::Run(flags) => check::run(*flags, origins).map(|c| Command::Run(Box::new(c))),
+        flags::CommandFlags::Bench(flags) => {
+            check::bench(*flags, origins).map(|c| Command::Bench(Box::new(c)))
+        }
+    };
+    Ok(Parsed { command: command.map_err(Stop::Refused)?, notes: resolved.notes })
+}
+
+#[cfg(test)]
+mod tests;

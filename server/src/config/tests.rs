@@ -1,0 +1,180 @@
+//! The layers together, without touching the process's own environment.
+
+use super::*;
+
+fn environment(variables: &[(&str, &str)]) -> Environment {
+    variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+fn parse_with(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Parsed, Stop> {
+    let arguments = ["tandem"].iter().chain(arguments).map(OsString::from).collect();
+    parse(arguments, &environment(variables))
+}
+
+fn serve(arguments: &[&str], variables: &[(&str, &str)]) -> ServeConfig {
+    match parse_with(&[&["serve", "model.gguf"], arguments].concat(), variables) {
+        Ok(Parsed { command: Command::Serve(config), .. }) => *config,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refusal(arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    match parse_with(&[&["serve", "model.gguf"], arguments].concat(), variables) {
+        Err(Stop::Refused(error)) => error.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    file
+}
+
+#[test]
+fn defaults_are_the_documented_ones() {
+    let config = serve(&[], &[]);
+    assert_eq!(
+        (config.host.to_string().as_str(), config.port, config.metrics_port),
+        ("0.0.0.0", 8000, Some(9090))
+    );
+    assert_eq!((config.common.max_num_seqs, config.common.max_num_batched_tokens), (64, 512));
+    assert_eq!((config.max_num_queued_reqs, config.shutdown_timeout.as_secs()), (1024, 120));
+    assert!(config.common.prefix_caching && config.api_keys.is_empty() && config.common.seed.is_none());
+}
+
+#[test]
+fn flag_wins_over_environment_over_file_over_default() {
+    let file = file("port: 1\nmax_num_seqs: 2\nhost: 127.0.0.1\nserved-model-name: [a, b]\n");
+    let path = file.path().to_str().unwrap();
+    let config =
+        serve(&["--config", path, "--port", "3"], &[("TANDEM_PORT", "4"), ("TANDEM_MAX_NUM_SEQS", "5")]);
+    assert_eq!(
+        (config.port, config.common.max_num_seqs, config.host.to_string().as_str()),
+        (3, 5, "127.0.0.1")
+    );
+    assert_eq!(config.served_model_names, ["a", "b"]);
+    let config = serve(&[], &[("TANDEM_CONFIG", path), ("TANDEM_SERVED_MODEL_NAME", "x,y")]);
+    assert_eq!((config.port, config.common.max_num_seqs), (1, 2));
+    assert_eq!(config.served_model_names, ["x", "y"]);
+}
+
+#[test]
+fn a_flag_and_its_negation_are_one_setting() {
+    let file = file("enable-prefix-caching: false\n");
+    let path = file.path().to_str().unwrap();
+    assert!(!serve(&["--config", path], &[]).common.prefix_caching);
+    assert!(
+        serve(&["--config", path], &[("TANDEM_NO_ENABLE_PREFIX_CACHING", "false")]).common.prefix_caching
+    );
+    assert!(
+        !serve(&["--no-enable-prefix-caching"], &[("TANDEM_ENABLE_PREFIX_CACHING", "true")])
+            .common
+            .prefix_caching
+    );
+    assert!(serve(&["--enable-prefix-caching", "--config", path], &[]).common.prefix_caching);
+    assert!(refusal(&["--enable-prefix-caching", "--no-enable-prefix-caching"], &[]).contains("contradicts"));
+}
+
+#[test]
+fn refusals_name_where_the_value_stands() {
+    assert!(refusal(&["--port", "x"], &[]).starts_with("--port: invalid value \"x\""));
+    assert!(
+        refusal(&[], &[("TANDEM_PORT", "70000")])
+            .starts_with("environment variable TANDEM_PORT: invalid value")
+    );
+    let bad = file("block-size: 32\n");
+    let path = bad.path().to_str().unwrap();
+    let expected = format!("{path}: key block-size: only 16 is possible; leave the flag out");
+    assert_eq!(refusal(&["--config", path], &[]), expected);
+    let bad = file("max_sequences: 3\n");
+    let message = refusal(&["--config", bad.path().to_str().unwrap()], &[]);
+    assert!(message.contains("unknown key (did you mean max-num-seqs?)"), "{message}");
+    for (text, part) in [
+        ("api-key: [007]", "key api-key: must be text"),
+        ("port: 1\nport: 2", "YAML"),
+        ("port: [1, 2]", "key port: takes one value"),
+        ("port: {a: 1}", "key port: must be a value"),
+        ("- port", "YAML"),
+        ("config: other.yaml", "cannot name another"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "given twice"),
+    ] {
+        let bad = file(text);
+        let message = refusal(&["--config", bad.path().to_str().unwrap()], &[]);
+        assert!(message.contains(part) && !message.contains('\n'), "{text}: {message}");
+    }
+    let message = refusal(&["--config", "/nowhere.yaml"], &[]);
+    assert!(message.starts_with("/nowhere.yaml: cannot be read"), "{message}");
+    let message = refusal(&["--max-num-sequences", "3"], &[]);
+    assert!(message.starts_with("command line: unknown argument"), "{message}");
+    for message in [refusal(&["--isa", "sse"], &[]), refusal(&["--config", path, "--device", "cuda"], &[])] {
+        assert!(!message.contains('\n'), "{message}");
+    }
+}
+
+#[test]
+fn names_of_vllm_are_understood() {
+    let config = serve(
+        &["--dtype", "bfloat16", "--kv-cache-dtype", "float16", "--kv-cache-memory-bytes", "4GiB"],
+        &[],
+    );
+    assert_eq!((config.common.dtype, config.common.kv_cache_dtype), (Dtype::Bf16, KvCacheDtype::F16));
+    assert_eq!(config.common.kv_cache_memory_bytes, Some(4 << 30));
+    assert!(refusal(&["--dtype", "half"], &[]).contains("float16"));
+    assert!(refusal(&["--kv-cache-dtype", "int8"], &[]).contains("not supported yet"));
+    assert!(refusal(&["--max-num-batched-tokens", "8"], &[]).contains("max-num-seqs 64"));
+}
+
+#[test]
+fn keys_show_in_no_message_and_no_debug_output() {
+    let config = serve(&["--api-key", "s3cret", "other"], &[]);
+    assert_eq!(config.api_keys.len(), 2);
+    assert!(config.api_keys[0].matches(b"s3cret"));
+    assert!(!format!("{config:?}").contains("s3cret"));
+    let long = "s3cret".repeat(200);
+    assert!(!refusal(&[], &[("TANDEM_API_KEY", &long)]).contains("s3cret"));
+}
+
+#[test]
+fn variables_that_set_nothing_are_noted() {
+    let variables =
+        [("TANDEM_PORT", "tcp://10.0.0.1:80"), ("TANDEM_PROT", "1"), ("TANDEM_SERVICE_HOST", "h")];
+    let parsed = parse_with(&["serve", "model.gguf"], &variables).unwrap();
+    assert_eq!(parsed.notes.len(), 2, "{:?}", parsed.notes);
+    assert!(parsed.notes.iter().any(|note| note.contains("TANDEM_PROT (did you mean TANDEM_PORT?)")));
+    assert!(matches!(parsed.command, Command::Serve(config) if config.port == 8000));
+}
+
+#[test]
+fn run_takes_a_model_a_prompt_or_both() {
+    let run = |arguments: &[&str]| match parse_with(&[&["run"], arguments].concat(), &[]) {
+        Ok(Parsed { command: Command::Run(config), .. }) => (config.common.model, config.prompt),
+        other => panic!("{other:?}"),
+    };
+    let prompt = || Some("hi there".to_owned());
+    assert_eq!(run(&["m.gguf", "hi there"]), ("m.gguf".into(), prompt()));
+    assert_eq!(run(&["m.gguf"]), ("m.gguf".into(), None));
+    assert_eq!(run(&["--model", "m.gguf", "hi there"]), ("m.gguf".into(), prompt()));
+    assert_eq!(run(&["/"]), ("/".into(), None));
+}
+
+#[test]
+fn bench_turns_the_prefix_cache_off() {
+    let parsed = parse_with(&["bench", "m.gguf", "--concurrency", "1,4", "--format", "json"], &[]).unwrap();
+    let Command::Bench(config) = parsed.command else { panic!() };
+    assert_eq!(config.concurrency, [1, 4]);
+    assert_eq!((config.prompt_tokens, config.output_tokens, config.format), (512, 128, OutputFormat::Json));
+    assert!(!config.common.prefix_caching);
+}
+
+#[test]
+fn help_names_every_variable() {
+    for name in ["serve", "run", "bench", "check"] {
+        let Err(Stop::Shown(help)) = parse_with(&[name, "--help"], &[]) else { panic!() };
+        let help = help.to_string();
+        assert!(help.contains("TANDEM_KV_CACHE_MEMORY_BYTES"), "{help}");
+    }
+    let mut command = flags::command();
+    command.build();
+    command.debug_assert();
+}

@@ -1,0 +1,219 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::extract::{Extension, Request, State};
+use axum::response::Response;
+use serde::Serialize;
+
+use super::answer::{AnswerMeta, Usage};
+use super::body::read_json;
+use super::choice::{StopReason, Update};
+use super::completion_request::{CompletionRequest, Prompt};
+use super::context::RequestContext;
+use super::encode::encode_prompt;
+use super::errors::{ApiError, json};
+use super::generation::{Generation, Job, PromptJob};
+use super::logprobs::{CompletionLogprobs, PromptLogprob};
+use super::sse::{self, Dialect, Events};
+use super::state::{AppState, Serving};
+
+/// Output tokens when the client does not say.
+const DEFAULT_MAX_TOKENS: usize = 16;
+
+pub(super) async fn handle(
+    State(state): State<Arc<AppState>>,
+    Extension(context): Extension<RequestContext>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let serving = state.require_serving()?;
+    let body = read_json(request, state.timeouts.body).await?;
+    let CompletionRequest { mut params, prompts, echo, add_special_tokens } =
+        CompletionRequest::parse(&body, &serving.rules())?;
+    drop(body);
+    state.check_model(params.model.as_deref())?;
+
+    let mut jobs = Vec::with_capacity(prompts.len());
+    let mut echoes = Vec::new();
+    for prompt in prompts {
+        let (job, text) =
+            prepare(&state, serving, prompt, &params, add_special_tokens, echo, context.id()).await?;
+        jobs.push(job);
+        echoes.push(text);
+    }
+
+    let prompt_logprobs = params.prompt_logprobs;
+    if echo && let Some(count) = params.sampling.logprobs {
+        // The echoed prompt is scored as the output is; the larger count serves both.
+        params.prompt_logprobs = Some(prompt_logprobs.unwrap_or(0).max(count));
+    }
+    let meta = AnswerMeta::new("cmpl", context.id(), &state, serving, &params, prompt_logprobs);
+    let mut generation = Generation::start(Job {
+        serving,
+        params: &params,
+        prompts: jobs,
+        cache_salt: context.cache_salt(params.cache_salt.as_deref()),
+        arrival: context.arrival,
+        log: context.log,
+    })?;
+    let mut answer = Answer { meta, echoes: echo.then_some(echoes), offsets: Vec::new() };
+    if params.stream.is_some() {
+        return sse::respond(generation, answer, state.timeouts.keep_alive).await;
+    }
+    let updates = generation.collect().await?;
+    let choices = updates.into_iter().map(|update| answer.choice(&generation, update)).collect();
+    let usage = Some(Some(generation.counts().into()));
+    Ok(json(&answer.body(choices, usage)))
+}
+
+/// Turns one prompt into tokens, and into the text that `echo` repeats.
+async fn prepare(
+    state: &AppState,
+    serving: &Arc<Serving>,
+    prompt: Prompt,
+    params: &super::params::Params,
+    add_special_tokens: bool,
+    echo: bool,
+    request_id: &str,
+) -> Result<(PromptJob, String), ApiError> {
+    let truncate = params.truncate_prompt_tokens;
+    let (mut token_ids, mut text) = match prompt {
+        Prompt::Tokens(token_ids) => (token_ids, None),
+        Prompt::Text(text) => {
+            let kept = echo.then(|| text.clone());
+            let ids = encode_prompt(state, serving, text, add_special_tokens, truncate.is_some(), request_id);
+            (ids.await?, kept)
+        }
+    };
+    if let Some(len) = truncate
+        && token_ids.len() > len
+    {
+        token_ids.drain(..token_ids.len() - len);
+        text = None;
+    }
+    if token_ids.is_empty() {
+        return Err(ApiError::invalid("prompt", "`prompt` has no tokens"));
+    }
+    let max_tokens =
+        params.resolve_max_tokens(token_ids.len(), DEFAULT_MAX_TOKENS, "prompt", &serving.rules())?;
+    let text = match (echo, text, &serving.tokenizer) {
+        (true, Some(text), _) => text,
+        (true, None, Some(tokenizer)) => tokenizer.decode(&token_ids, false),
+        _ => String::new(),
+    };
+    Ok((PromptJob { token_ids, max_tokens }, text))
+}
+
+/// Writes answers of this route.
+struct Answer {
+    meta: AnswerMeta,
+    /// The prompts' texts when they are to be repeated.
+    echoes: Option<Vec<String>>,
+    /// Per choice: characters written so far, for `text_offset`.
+    offsets: Vec<usize>,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: Vec<Choice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: usize,
+    text: String,
+    logprobs: Option<CompletionLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Option<PromptLogprob>>>,
+}
+
+impl Answer {
+    fn body(&self, choices: Vec<Choice>, usage: Option<Option<Usage>>) -> Body<'_> {
+        Body {
+            id: &self.meta.id,
+            object: "text_completion",
+            created: self.meta.created,
+            model: &self.meta.model,
+            system_fingerprint: &self.meta.fingerprint,
+            choices,
+            usage,
+        }
+    }
+
+    fn choice(&mut self, generation: &Generation, update: Update) -> Choice {
+        let logprobs = self.logprobs(generation, &update);
+        let prompt_idx = generation.prompt_idx(update.choice);
+        let prompt = update.first.then(|| generation.prompt_of(update.choice));
+        let mut text = match (&self.echoes, update.first) {
+            (Some(echoes), true) => echoes[prompt_idx].clone(),
+            _ => String::new(),
+        };
+        text.push_str(&update.text);
+        let (finish_reason, stop_reason) =
+            update.finish.map_or((None, None), |finish| (Some(finish.reason), finish.stop_reason));
+        let ids = self.meta.return_token_ids;
+        Choice {
+            index: update.choice,
+            text,
+            logprobs,
+            finish_reason,
+            stop_reason,
+            token_ids: ids.then(|| update.tokens.iter().map(|token| token.id).collect()),
+            prompt_token_ids: prompt.filter(|_| ids).map(|prompt| prompt.token_ids.clone()),
+            prompt_logprobs: prompt.and_then(|_| self.meta.prompt_logprobs(generation, prompt_idx)),
+        }
+    }
+
+    fn logprobs(&mut self, generation: &Generation, update: &Update) -> Option<CompletionLogprobs> {
+        let count = self.meta.logprobs?;
+        if self.offsets.len() <= update.choice {
+            self.offsets.resize(update.choice + 1, 0);
+        }
+        let (mut list, mut offset) = (CompletionLogprobs::default(), self.offsets[update.choice]);
+        if update.first && self.echoes.is_some() {
+            let prompt = generation.prompt_of(update.choice);
+            let scores = prompt.logprobs.as_deref().unwrap_or_default();
+            for (idx, id) in prompt.token_ids.iter().enumerate() {
+                let score = scores.get(idx).and_then(Option::as_ref);
+                offset = list.push(&self.meta.names, *id, score, count, offset);
+            }
+        }
+        for token in &update.tokens {
+            offset = list.push(&self.meta.names, token.id, token.logprobs.as_ref(), count, offset);
+        }
+        self.offsets[update.choice] = offset;
+        Some(list)
+    }
+}
+
+impl Dialect for Answer {
+    fn write_update(&mut self, generation: &Generation, update: Update, events: &mut Events) {
+        let says_something = !update.text.is_empty()
+            || update.finish.is_some()
+            || update.first && (self.echoes.is_some() || self.meta.return_token_ids)
+            || !update.tokens.is_empty() && self.meta.counts_tokens();
+        if says_something {
+            let choice = self.choice(generation, update);
+            events.push(&self.body(vec![choice], self.meta.chunk_usage(generation)));
+        }
+    }
+
+    fn write_end(&mut self, generation: &Generation, events: &mut Events) {
+        if self.meta.stream.include_usage {
+            events.push(&self.body(Vec::new(), Some(Some(generation.counts().into()))));
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! What every handler sees: the checked configuration, the process's lifecycle, and the model once it is loaded.
+
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tandem_engine::{EngineHandle, GenerationConfig, ModelInfo};
+use tokio::sync::Semaphore;
+
+use super::errors::ApiError;
+use super::limits;
+use super::params::Rules;
+use super::process::ProcessMeter;
+use crate::config::ServeConfig;
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::text::{ChatTemplate, Tokenizer};
+
+/// Shared by all connections of the process.
+pub struct AppState {
+    pub config: Arc<ServeConfig>,
+    pub lifecycle: Lifecycle,
+    serving: OnceLock<Arc<Serving>>,
+    pub(super) created_s: u64,
+    pub(super) process: ProcessMeter,
+    pub(super) timeouts: Timeouts,
+    /// Bounds how many long texts are encoded at once, so that they cannot take every core from the step loop.
+    pub(super) encoders: Semaphore,
+}
+
+/// A loaded model.
+pub struct Serving {
+    pub engine: EngineHandle,
+    pub model: ModelInfo,
+    /// None: token ids only.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    pub template: Option<Arc<ChatTemplate>>,
+    pub generation: GenerationConfig,
+}
+
+/// The waiting times of [`limits`]; tests shorten them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timeouts {
+    pub(super) header: Duration,
+    pub(super) body: Duration,
+    pub(super) idle: Duration,
+    pub(super) write_stall: Duration,
+    pub(super) keep_alive: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            header: limits::HEADER_TIMEOUT,
+            body: limits::BODY_TIMEOUT,
+            idle: limits::IDLE_TIMEOUT,
+            write_stall: limits::WRITE_STALL_TIMEOUT,
+            keep_alive: limits::KEEP_ALIVE_INTERVAL,
+        }
+    }
+}
+
+impl AppState {
+    pub fn new(config: Arc<ServeConfig>, lifecycle: Lifecycle) -> Arc<Self> {
+        Self::with_timeouts(config, lifecycle, Timeouts::default())
+    }
+
+    pub(super) fn with_timeouts(
+        config: Arc<ServeConfig>,
+        lifecycle: Lifecycle,
+        timeouts: Timeouts,
+    ) -> Arc<Self> {
+        // A clock before 1970 is wrong, not a reason to stop.
+        let created_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Arc::new(Self {
+            config,
+            lifecycle,
+            serving: OnceLock::new(),
+            created_s,
+            process: ProcessMeter::new(),
+            timeouts,
+            encoders: Semaphore::new(2),
+        })
+    }
+
+    /// Hands over the loaded model, once, before the phase becomes `Ready`.
+    ///
+    /// # Panics
+    /// On the second call.
+    pub fn install(&self, serving: Serving) {
+        assert!(self.serving.set(Arc::new(serving)).is_ok(), "a model is installed once");
+    }
+
+    /// The loaded model, if it is there.
+    pub fn serving(&self) -> Option<&Arc<Serving>> {
+        self.serving.get()
+    }
+
+    /// The loaded model for a request that needs it. A draining server still takes requests: the engine refuses them
+    /// when the time to accept is over.
+    pub(super) fn require_serving(&self) -> Result<&Arc<Serving>, ApiError> {
+        match (self.lifecycle.phase(), self.serving()) {
+            (Phase::Failed, _) => Err(ApiError::NotReady("failed")),
+            (Phase::Ready | Phase::Draining, Some(serving)) => Ok(serving),
+            _ => Err(ApiError::NotReady("loading")),
+        }
+    }
+
+    /// The name that answers carry.
+    pub(super) fn model_name(&self) -> &str {
+        self.config.served_model_names.first().map_or("", String::as_str)
+    }
+
+    /// Refuses a model that is not served here; no name means the served one.
+    pub(super) fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
+        match asked {
+            Some(asked) if !self.config.served_model_names.iter().any(|name| name == asked) => {
+                Err(ApiError::ModelNotFound(asked.chars().take(256).collect()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Serving {
+    /// What requests are checked against.
+    pub(super) fn rules(&self) -> Rules {
+        let config = self.engine.config();
+        Rules {
+            vocab_size: config.vocab_size,
+            max_model_len: config.max_model_len,
+            has_tokenizer: self.tokenizer.is_some(),
+            generation: self.generation.clone(),
+        }
+    }
+
+    /// OpenAI's `system_fingerprint`: equal for equal model files and builds.
+    pub(super) fn fingerprint(&self) -> String {
+        let hex: String =
+            self.engine.config().model_fingerprint.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+        format!("tandem-{}-{hex}", env!("CARGO_PKG_VERSION"))
+    }
+}

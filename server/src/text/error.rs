@@ -1,0 +1,67 @@
+//! What can go wrong with text, and whose fault it is.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// An error of the text layer. The message may be shown to a client where [`TextError::is_client_error`] holds.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TextError {
+    /// The text is longer than this layer accepts.
+    #[error("text is longer than {limit} bytes")]
+    TooLong {
+        /// The most bytes accepted.
+        limit: usize,
+    },
+    /// `raise_exception` was called, or the template cannot be applied to these messages.
+    #[error("the chat template refused these messages: {0}")]
+    Template(String),
+    /// Rendering went past a limit: work, output or time.
+    #[error("the chat template went past its limit of {0}")]
+    TemplateLimit(&'static str),
+    /// The messages are not of a form that a chat template takes.
+    #[error("{0}")]
+    InvalidMessages(String),
+    /// A stop string is empty, too long, or one too many.
+    #[error("{0}")]
+    Stop(String),
+    /// The tokenizer failed on this text.
+    #[error("the text cannot be tokenized: {0}")]
+    Encode(String),
+    /// The template does not parse (start-up).
+    #[error("chat template: {0}")]
+    TemplateSyntax(String),
+    /// The model's tokenizer is of a kind that is not supported (start-up).
+    #[error("tokenizer: {0}")]
+    Unsupported(String),
+    /// The model's tokenizer is malformed (start-up).
+    #[error("tokenizer: {0}")]
+    Malformed(String),
+    /// A tokenizer file cannot be read (start-up).
+    #[error("{}: {reason}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl TextError {
+    /// Whether the request caused it (HTTP 400); otherwise the model's files did.
+    pub fn is_client_error(&self) -> bool {
+        match self {
+            TextError::TooLong { .. }
+            | TextError::Template(_)
+            | TextError::TemplateLimit(_)
+            | TextError::InvalidMessages(_)
+            | TextError::Stop(_)
+            | TextError::Encode(_) => true,
+            TextError::TemplateSyntax(_)
+            | TextError::Unsupported(_)
+            | TextError::Malformed(_)
+            | TextError::File { .. } => false,
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The binary from outside: exit codes, refusals, and the life of a server from start to signal. Weights are random,
+//! so no model is needed.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Long enough for a debug build on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn tandem(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    command.args(arguments).env_remove("RUST_LOG").env("TANDEM_CACHE_DIR", "/nowhere");
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    tandem(arguments).output().expect("the binary runs")
+}
+
+/// Asserts that it refused in one line, and returns the line.
+fn refusal(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), line.lines().count()), (Some(2), 1), "{line}");
+    assert!(output.stdout.is_empty());
+    line
+}
+
+/// A folder with a `config.json` from which random weights can be made; slow enough that a long answer takes a while.
+fn model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "bfloat16",
+        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2,
+    });
+    fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    folder
+}
+
+struct Server {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+    address: SocketAddr,
+    _model: tempfile::TempDir,
+}
+
+impl Server {
+    /// Starts on a free port and waits for the banner.
+    fn start(arguments: &[&str]) -> Self {
+        let model = model();
+        let path = model.path().to_str().unwrap();
+        let fixed = ["serve", path, "--load-format", "dummy", "--host", "127.0.0.1", "--port", "0"];
+        let sizes = ["--metrics-port", "0", "--kv-cache-memory-bytes", "512MiB", "--served-model-name", "m"];
+        let mut command = tandem(&[&fixed[..], &sizes, arguments].concat());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut banner = String::new();
+        let address = loop {
+            let mut line = String::new();
+            assert!(stdout.read_line(&mut line).unwrap() > 0, "the server left: {banner}");
+            banner += &line;
+            if let Some(url) = line.trim().strip_prefix("API") {
+                let url = url.trim().trim_start_matches("http://");
+                break url.split('/').next().unwrap().parse().unwrap();
+            }
+        };
+        assert!(banner.starts_with(&format!("tandem {} ready in ", env!("CARGO_PKG_VERSION"))), "{banner}");
+        Self { child, stdout, address, _model: model }
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
+    }
+
+    /// The exit status, and how long it took.
+    fn wait(&mut self) -> (ExitStatus, Duration) {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return (status, started.elapsed());
+            }
+            assert!(started.elapsed() < PATIENCE, "the server does not leave");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn request(&self, head: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = body.len();
+        write!(stream, "{head} HTTP/1.1\r\nhost: t\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}").unwrap();
+        stream
+    }
+
+    fn status(&self, path: &str) -> String {
+        let mut answer = String::new();
+        self.request(&format!("GET {path}"), "").read_to_string(&mut answer).unwrap();
+        answer.split(' ').nth(1).unwrap_or_default().to_owned()
+    }
+
+    /// A completion of token ids that goes on for so many tokens.
+    fn complete(&self, max_tokens: usize, stream: bool) -> TcpStream {
+        let body = serde_json::json!({
+            "model": "m", "prompt": [5, 6, 7], "max_tokens": max_tokens, "stream": stream, "ignore_eos": true,
+        });
+        self.request("POST /v1/completions", &body.to_string())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Gone already, unless the test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn refusals_are_one_line_and_exit_code_2() {
+    assert!(refusal(&[]).contains("a command is missing"));
+    assert!(refusal(&["serv"]).contains("unknown command \"serv\""));
+    assert!(refusal(&["serve", "m.gguf", "--port", "eight"]).contains("--port: invalid value \"eight\""));
+    assert!(refusal(&["serve"]).contains("make model"));
+    assert!(refusal(&["serve", "/nowhere.gguf"]).contains("/nowhere.gguf"));
+    assert!(refusal(&["run", "/nowhere.gguf", "hi"]).contains("/nowhere.gguf"));
+}
+
+#[test]
+fn version_and_help_are_answers() {
+    let output = run(&["--version"]);
+    let expected = format!("tandem {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!((output.status.code(), String::from_utf8(output.stdout).unwrap()), (Some(0), expected));
+    let help = String::from_utf8(run(&["serve", "--help"]).stdout).unwrap();
+    assert!(help.contains("KV cache") && help.contains("--port <PORT>") && !help.contains('\u{1b}'));
+}
+
+#[test]
+fn check_lists_every_problem() {
+    let model = model();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let path = model.path().to_str().unwrap();
+    let common = ["check", path, "--load-format", "dummy", "--host", "127.0.0.1", "--metrics-port", "0"];
+    let output = run(&[&common[..], &["--port", "0"]].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains("8 layers") && text.ends_with("ok\n"), "{text}");
+
+    let output = run(&[&common[..], &["--port", &port, "--max-model-len", "99999"]].concat());
+    let problems = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), problems.lines().count()), (Some(2), 2), "{problems}");
+    assert!(
+        problems.contains("--port: cannot listen") && problems.contains("--max-model-len: 99999"),
+        "{problems}"
+    );
+}
+
+#[test]
+fn an_idle_server_leaves_at_once() {
+    for signal in ["TERM", "INT"] {
+        let mut server = Server::start(&[]);
+        assert_eq!(server.status("/readyz"), "200");
+        server.signal(signal);
+        let (status, took) = server.wait();
+        assert_eq!(status.code(), Some(0));
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        let mut rest = String::new();
+        server.stdout.read_to_string(&mut rest).unwrap();
+        assert!(rest.contains("curl http://127.0.0.1:"), "{rest}");
+    }
+}
+
+#[test]
+fn a_busy_server_finishes_what_runs_and_accepts_a_little_longer() {
+    let mut server = Server::start(&[]);
+    let mut stream = BufReader::new(server.complete(400, true));
+    let mut first = String::new();
+    while !first.starts_with("data: ") {
+        first.clear();
+        assert!(stream.read_line(&mut first).unwrap() > 0);
+    }
+    server.signal("TERM");
+    while server.status("/readyz") != "503" {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut late = String::new();
+    server.complete(2, false).read_to_string(&mut late).unwrap();
+    assert!(late.starts_with("HTTP/1.1 200"), "{late}");
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("\"finish_reason\":\"length\"") && rest.contains("data: [DONE]"), "{rest}");
+    assert_eq!(server.wait().0.code(), Some(0));
+}
+
+#[test]
+fn a_second_signal_ends_the_drain_with_a_typed_error() {
+    let mut server = Server::start(&[]);
+    let mut stream = BufReader::new(server.complete(30_000, true));
+    let mut first = String::new();
+    while !first.starts_with("data: ") {
+        first.clear();
+        assert!(stream.read_line(&mut first).unwrap() > 0);
+    }
+    server.signal("TERM");
+    while server.status("/readyz") != "503" {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    server.signal("TERM");
+    let (status, took) = server.wait();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("\"retryable\":true"), "{}", &rest[rest.len().saturating_sub(500)..]);
+}
