@@ -80,6 +80,7 @@ fn peak(limits: &Limits, class: Activations) -> f64 {
     match class {
         Activations::F32 => limits.f32_tflops * 1e12,
         Activations::Bf16 => limits.bf16_tflops * 1e12,
+        Activations::Int16 => limits.int8_tops * 0.5e12,
         Activations::Int8 => limits.int8_tops * 1e12,
     }
 }
@@ -88,9 +89,9 @@ const KINDS: [(DType, Activations); 8] = [
     (DType::Q4_1, Activations::Int8),
     (DType::Q4_0, Activations::Int8),
     (DType::Q8_0, Activations::Int8),
-    (DType::Q4_1, Activations::Bf16),
-    (DType::Q4_0, Activations::Bf16),
-    (DType::Q8_0, Activations::Bf16),
+    (DType::Q4_1, Activations::Int16),
+    (DType::Q4_0, Activations::Int16),
+    (DType::Q8_0, Activations::Int16),
     (DType::Bf16, Activations::Bf16),
     (DType::F32, Activations::F32),
 ];

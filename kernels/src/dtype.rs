@@ -213,10 +213,12 @@ macro_rules! named_enum {
 
 named_enum!(
     /// The class of the values that multiply the weights; part of the numeric class.
-    Activations, "activation class", "int8, bf16, f32", {
+    Activations, "activation class", "int8, int16, bf16, f32", {
         F32 = "f32",
-        /// Rounded to bf16; weights of block formats enter as exact small integers, scaled in f32.
+        /// Rounded to bf16, for weights of float files.
         Bf16 = "bf16",
+        /// 15-bit integers in two bytes, with one f32 scale per 32 values, for weights of block formats.
+        Int16 = "int16",
         /// int8 with one f32 scale per 32 values.
         Int8 = "int8",
     }

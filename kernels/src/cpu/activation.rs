@@ -3,8 +3,12 @@
 //! | class | a row holds |
 //! |---|---|
 //! | f32 | f32 values |
-//! | bf16 | bf16 values (nearest even), and the f32 sum of each 32 rounded values |
+//! | bf16 | bf16 values (nearest even) |
 //! | int8 | i8 values, and per 32 values a scale `amax/127`, the i32 sum, and scale · sum |
+//! | int16 | integers `128 · high + low` with a scale `amax/16256`, as 32 × i8 `high` then 32 × i8 `low`; sums as int8 |
+//!
+//! int16 costs two dot products where bf16 over integer weights would cost two as well, needs no weights in bf16, and keeps
+//! 14 bits below the largest of 32 values where bf16 keeps 8 of each.
 //!
 //! Rows are padded to 32 values with zeros. The sums multiply the zero points and minima of the weights, so that a dot
 //! product runs on the stored unsigned values.
@@ -16,6 +20,10 @@ use super::Cpu;
 use super::buffer::{Bytes, SharedMut};
 use super::simd::{Kernel, Simd, dispatch};
 use crate::Activations;
+
+/// The largest integers of the two integer classes; 16256 = 127 · 128, so that the high byte stays in ±127.
+const INT8_MAX: f32 = 127.0;
+const INT16_MAX: f32 = 16256.0;
 
 /// Values that share a scale and a sum.
 pub(crate) const GROUP: usize = 32;
@@ -108,7 +116,7 @@ impl Activation {
 const fn row_bytes(cols: usize, class: Activations) -> usize {
     let value = match class {
         Activations::F32 => 4,
-        Activations::Bf16 => 2,
+        Activations::Bf16 | Activations::Int16 => 2,
         Activations::Int8 => 1,
     };
     let bytes = (cols.next_multiple_of(GROUP) * value).next_multiple_of(64);
@@ -116,7 +124,7 @@ const fn row_bytes(cols: usize, class: Activations) -> usize {
     if bytes.is_multiple_of(2048) { bytes + 64 } else { bytes }
 }
 
-/// Where kernels read rows. `f32` sums (bf16 class) and `i32` sums (int8 class) share one array.
+/// Where kernels read rows.
 #[derive(Clone, Copy)]
 pub(crate) struct View {
     pub(crate) values: *const u8,
@@ -154,7 +162,6 @@ impl RowWriter {
     pub(crate) unsafe fn write<S: Simd>(&self, s: S, row: usize, source: &impl Source) {
         let values = self.values.get().add(row * self.row_bytes);
         let first_group = row * self.groups;
-        let sums = self.sums.get().add(first_group);
         match self.class {
             Activations::F32 => {
                 for group in 0..self.groups {
@@ -170,25 +177,38 @@ impl RowWriter {
                     let out = values.cast::<u16>().add(group * GROUP);
                     s.store_bf16(out, a);
                     s.store_bf16(out.add(16), b);
-                    // The sum of what was stored.
-                    let sum = s.add(round_bf16(s, a), round_bf16(s, b));
-                    sums.cast::<f32>().add(group).write(s.reduce_add(sum));
                 }
             }
             Activations::Int8 => {
-                let scales = self.scales.get().add(first_group);
-                let scaled_sums = self.scaled_sums.get().add(first_group);
                 for group in 0..self.groups {
-                    let quantized = quantize_group(s, source.group(s, group));
+                    let quantized = quantize_group(s, source.group(s, group), INT8_MAX);
                     let out = values.cast::<i8>().add(group * GROUP);
                     s.store_bytes(out, quantized.values[0]);
                     s.store_bytes(out.add(16), quantized.values[1]);
-                    *scales.add(group) = quantized.scale;
-                    *sums.add(group) = quantized.sum;
-                    *scaled_sums.add(group) = quantized.scale * quantized.sum as f32;
+                    self.write_sums(first_group + group, &quantized);
+                }
+            }
+            Activations::Int16 => {
+                for group in 0..self.groups {
+                    let quantized = quantize_group(s, source.group(s, group), INT16_MAX);
+                    let out = values.cast::<i8>().add(group * 2 * GROUP);
+                    for (half, value) in quantized.values.into_iter().enumerate() {
+                        // Nearest multiple of 128, so that what is left is in -64..64.
+                        let high = s.sar::<7>(s.add_i(value, s.splat_i(64)));
+                        s.store_bytes(out.add(16 * half), high);
+                        s.store_bytes(out.add(GROUP + 16 * half), s.sub_i(value, s.shl::<7>(high)));
+                    }
+                    self.write_sums(first_group + group, &quantized);
                 }
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn write_sums<I>(&self, group: usize, quantized: &Quantized<I>) {
+        *self.scales.get().add(group) = quantized.scale;
+        *self.sums.get().add(group) = quantized.sum;
+        *self.scaled_sums.get().add(group) = quantized.scale * quantized.sum as f32;
     }
 
     pub(crate) const fn cols(&self) -> usize {
@@ -219,16 +239,6 @@ pub(crate) unsafe fn load_group<S: Simd>(s: S, row: *const f32, cols: usize, gro
     [s.load_n(p, left.min(16)), s.load_n(p.wrapping_add(16), second)]
 }
 
-/// The bf16 nearest to each finite value (ties to even), in f32. A NaN may become anything: where that matters the stored
-/// bf16 shows it.
-#[inline(always)]
-pub(crate) unsafe fn round_bf16<S: Simd>(s: S, x: S::F) -> S::F {
-    let bits = s.bits(x);
-    let odd = s.and(s.shr::<16>(bits), s.splat_i(1));
-    let bits = s.add_i(bits, s.add_i(odd, s.splat_i(0x7fff)));
-    s.float_of_bits(s.and(bits, s.splat_i(0xffff_0000_u32.cast_signed())))
-}
-
 struct Quantized<I> {
     values: [I; 2],
     scale: f32,
@@ -236,7 +246,7 @@ struct Quantized<I> {
 }
 
 #[inline(always)]
-unsafe fn quantize_group<S: Simd>(s: S, x: [S::F; 2]) -> Quantized<S::I> {
+unsafe fn quantize_group<S: Simd>(s: S, x: [S::F; 2], max: f32) -> Quantized<S::I> {
     let magnitude = s.splat_i(0x7fff_ffff);
     // As integers, magnitudes order like the floats, with infinity and NaN on top.
     let amax = s.reduce_max_u(s.max_u(s.and(s.bits(x[0]), magnitude), s.and(s.bits(x[1]), magnitude)));
@@ -245,9 +255,9 @@ unsafe fn quantize_group<S: Simd>(s: S, x: [S::F; 2]) -> Quantized<S::I> {
         let scale = if amax.is_finite() { 0.0 } else { f32::NAN };
         return Quantized { values: [s.splat_i(0); 2], scale, sum: 0 };
     }
-    let inverse = s.splat(127.0 / amax);
+    let inverse = s.splat(max / amax);
     let values = [s.to_i(s.mul(x[0], inverse)), s.to_i(s.mul(x[1], inverse))];
-    Quantized { values, scale: amax / 127.0, sum: s.reduce_add_i(s.add_i(values[0], values[1])) }
+    Quantized { values, scale: amax / max, sum: s.reduce_add_i(s.add_i(values[0], values[1])) }
 }
 
 /// A row of plain f32 values.

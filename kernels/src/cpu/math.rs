@@ -62,6 +62,16 @@ pub(crate) unsafe fn ln<S: Simd>(s: S, x: S::F) -> S::F {
     s.add(s.add(r, y), s.mul(e, s.splat(LN2_HIGH)))
 }
 
+/// The bf16 nearest to each finite value (ties to even), in f32. A NaN may become anything: where that matters the stored
+/// bf16 shows it.
+#[inline(always)]
+pub(crate) unsafe fn round_bf16<S: Simd>(s: S, x: S::F) -> S::F {
+    let bits = s.bits(x);
+    let odd = s.and(s.shr::<16>(bits), s.splat_i(1));
+    let bits = s.add_i(bits, s.add_i(odd, s.splat_i(0x7fff)));
+    s.float_of_bits(s.and(bits, s.splat_i(0xffff_0000_u32.cast_signed())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::simd::{Kernel, dispatch};

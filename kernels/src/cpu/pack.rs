@@ -11,7 +11,7 @@
 //!
 //! In an int4 vector of 64 bytes the low nibbles are k-group `g` (4 values along K for each of 16 rows), the high ones
 //! k-group `g + 4`, which is ggml's own order: packing only moves bytes. Block formats keep their bits, so both
-//! the int8 and the bf16 activation class read the same packed weights.
+//! the int8 and the int16 activation class read the same packed weights.
 //!
 //! With [`Layout::GateUp`] panels alternate between gate and up, so that one pair of panels yields silu(gate) · up.
 
@@ -239,8 +239,8 @@ impl Linear {
         self.out_features
     }
 
-    /// The class that the input must have. Block formats take the class asked for. Float files have no integer weights:
-    /// int8 becomes bf16. A mixture of float and block parts in one layer is packed as f32 and takes f32.
+    /// The class that the input must have. Integer classes are for block formats, bf16 is for float files: asked for the
+    /// other's, a layer takes its own of 16 bits. A mixture of float and block parts in one layer is packed as f32 and takes f32.
     pub const fn activations(&self) -> Activations {
         self.activations
     }
@@ -357,8 +357,12 @@ fn choose(parts: &[Part<'_>], asked: Activations) -> (Format, Activations) {
     let all_float = !dtypes().any(DType::is_quantized);
     let all_blocks = dtypes().all(DType::is_quantized);
     match asked {
-        Activations::Bf16 | Activations::Int8 if all_float => (Format::Bf16, Activations::Bf16),
-        Activations::Bf16 | Activations::Int8 if all_blocks => (integer_format(dtypes()), asked),
+        Activations::F32 => (Format::F32, Activations::F32),
+        _ if all_float => (Format::Bf16, Activations::Bf16),
+        Activations::Int8 if all_blocks => (integer_format(dtypes()), Activations::Int8),
+        Activations::Int16 | Activations::Bf16 if all_blocks => {
+            (integer_format(dtypes()), Activations::Int16)
+        }
         _ => (Format::F32, Activations::F32),
     }
 }
@@ -551,14 +555,16 @@ mod tests {
             let linear = cpu.pack_linear(&parts, &spec(class)).unwrap();
             (linear.format(), linear.activations())
         };
-        use Activations::{Bf16, F32, Int8};
+        use Activations::{Bf16, F32, Int8, Int16};
         assert_eq!(packed(&[DType::Q4_1], Int8), ("int4+min", Int8));
-        assert_eq!(packed(&[DType::Q4_0], Bf16), ("int4", Bf16));
+        assert_eq!(packed(&[DType::Q4_0], Bf16), ("int4", Int16));
         assert_eq!(packed(&[DType::Q8_0], Int8), ("int8", Int8));
         assert_eq!(packed(&[DType::Q8_0], F32), ("f32", F32));
         assert_eq!(packed(&[DType::Q8_0, DType::Q4_1], Int8), ("int8+min", Int8));
         assert_eq!(packed(&[DType::Q8_0, DType::Q4_0], Int8), ("int8", Int8));
         assert_eq!(packed(&[DType::F16, DType::F32], Int8), ("bf16", Bf16));
+        assert_eq!(packed(&[DType::Bf16], Int16), ("bf16", Bf16));
+        assert_eq!(packed(&[DType::Q8_0], Int16), ("int8", Int16));
         assert_eq!(packed(&[DType::F32], F32), ("f32", F32));
         assert_eq!(packed(&[DType::F32, DType::Q4_0], Int8), ("f32", F32));
     }

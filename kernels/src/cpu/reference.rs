@@ -49,12 +49,12 @@ pub(crate) fn dequantize(matrix: &Matrix<'_>) -> Vec<Vec<f32>> {
 }
 
 /// int8 with one scale per 32 values, as f32: what the int8 class multiplies.
-pub(crate) fn int8_rounded(x: &[f32]) -> Vec<f32> {
+pub(crate) fn integer_rounded(x: &[f32], max: f32) -> Vec<f32> {
     x.chunks(32)
         .flat_map(|group| {
             let amax = group.iter().fold(0.0f32, |a, x| a.max(x.abs()));
-            let inverse = if amax == 0.0 { 0.0 } else { 127.0 / amax };
-            group.iter().map(move |x| (x * inverse).round_ties_even() * (amax / 127.0))
+            let inverse = if amax == 0.0 { 0.0 } else { max / amax };
+            group.iter().map(move |x| (x * inverse).round_ties_even() * (amax / max))
         })
         .collect()
 }

@@ -24,11 +24,12 @@ impl Llama {
     ) -> Result<Self, ModelError> {
         let loader = Loader { cpu, name, weights, activations: options.activations };
         let segments = SegmentPlan::new(row_parallel_segments(&config));
+        let plain = loader.plain();
         let embedding = (!config.tie_word_embeddings)
-            .then(|| loader.linear(&["model.embed_tokens"], Layout::Plain, SegmentPlan::whole()))
+            .then(|| loader.linear(&["model.embed_tokens"], plain))
             .transpose()?;
         let head = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
-        let lm_head = loader.linear(&[head], Layout::Plain, SegmentPlan::whole())?;
+        let lm_head = loader.linear(&[head], plain)?;
         let layers =
             (0..config.num_layers).map(|index| loader.layer(index, segments)).collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight")?;
@@ -62,31 +63,43 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn layer(&self, index: usize, segments: SegmentPlan) -> Result<Layer, ModelError> {
         let in_layer = |part: &str| format!("model.layers.{index}.{part}");
-        let linear = |parts: &[&str], layout, segments| {
+        let linear = |parts: &[&str], spec| {
             let names: Vec<String> = parts.iter().map(|part| in_layer(part)).collect();
-            self.linear(&names, layout, segments)
+            self.linear(&names, spec)
         };
-        let (plain, whole) = (Layout::Plain, SegmentPlan::whole());
+        let plain = self.plain();
+        let row_parallel = LinearSpec { segments, ..plain };
         Ok(Layer {
             attention_norm: self.vector(&in_layer("input_layernorm.weight"))?,
-            qkv: linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], plain, whole)?,
-            attention_output: linear(&["self_attn.o_proj"], plain, segments)?,
+            qkv: linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], self.precise())?,
+            attention_output: linear(&["self_attn.o_proj"], row_parallel)?,
             mlp_norm: self.vector(&in_layer("post_attention_layernorm.weight"))?,
-            gate_up: linear(&["mlp.gate_proj", "mlp.up_proj"], Layout::GateUp, whole)?,
-            down: linear(&["mlp.down_proj"], plain, segments)?,
+            gate_up: linear(
+                &["mlp.gate_proj", "mlp.up_proj"],
+                LinearSpec { layout: Layout::GateUp, ..plain },
+            )?,
+            down: linear(&["mlp.down_proj"], row_parallel)?,
         })
     }
 
+    fn plain(&self) -> LinearSpec {
+        LinearSpec { activations: self.activations, segments: SegmentPlan::whole(), layout: Layout::Plain }
+    }
+
+    /// For queries, keys and values: what enters attention decides what it looks at, so int8 here would be the larger half
+    /// of all that int8 costs (measured on SmolLM2 Q4_1: docs/performance.md). It is a sixth of a layer's arithmetic.
+    fn precise(&self) -> LinearSpec {
+        let activations = match self.activations {
+            Activations::Int8 => Activations::Int16,
+            other => other,
+        };
+        LinearSpec { activations, ..self.plain() }
+    }
+
     /// One packed linear layer from the tensors `{name}.weight` and, where they exist, `{name}.bias`.
-    fn linear<S: AsRef<str>>(
-        &self,
-        names: &[S],
-        layout: Layout,
-        segments: SegmentPlan,
-    ) -> Result<Linear, ModelError> {
+    fn linear<S: AsRef<str>>(&self, names: &[S], spec: LinearSpec) -> Result<Linear, ModelError> {
         let sources = names.iter().map(|name| self.source(name.as_ref())).collect::<Result<Vec<_>, _>>()?;
         let parts = sources.iter().map(LinearSource::part).collect::<Result<Vec<_>, _>>();
-        let spec = LinearSpec { activations: self.activations, segments, layout };
         let packed = parts.and_then(|parts| self.cpu.pack_linear(&parts, &spec));
         packed.map_err(|error| ModelError::tensor(self.name, names[0].as_ref(), error.to_string()))
     }

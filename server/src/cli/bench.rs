@@ -163,6 +163,8 @@ fn peak(backend: &BackendInfo, limits: &Limits) -> f64 {
         Activations::F32 => limits.f32_tflops,
         Activations::Bf16 => limits.bf16_tflops,
         Activations::Int8 => limits.int8_tops,
+        // Two products of bytes for each of int16 by int8.
+        Activations::Int16 => limits.int8_tops / 2.0,
     }
 }
 

@@ -37,8 +37,8 @@ pub enum Activations {
     Auto,
     /// One scale for each 32 values.
     Int8,
-    /// Brain floating point.
-    #[value(alias = "bfloat16")]
+    /// 16 bits: brain floating point, or integers beside quantised weights.
+    #[value(alias = "bfloat16", alias = "int16")]
     Bf16,
     /// Single precision.
     #[value(alias = "float32")]

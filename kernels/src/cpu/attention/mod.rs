@@ -11,8 +11,8 @@
 //! into a partial buffer and merged by a second pass.
 //!
 //! # Precision
-//! With a bf16 cache, queries and softmax weights are rounded to bf16 and multiplied by the bf16 dot product with f32
-//! sums; the sum of weights adds the rounded ones. With f32 and f16 caches everything is f32.
+//! With a bf16 cache, each query and softmax weight is the sum of two bf16 numbers, multiplied by the bf16 dot product with
+//! f32 sums: what the cache's own rounding costs is all that is lost. With f32 and f16 caches everything is f32.
 
 mod span;
 
@@ -329,7 +329,7 @@ impl<'a> Job<'a> {
 
 // Two partials, queries, scores and weights of the largest tile fit into a worker's scratch.
 const _: () = assert!(
-    MAX_GROUP * (2 * (MAX_HEAD_DIM + 16) * 4 + MAX_HEAD_DIM * 4 + SPAN * 4 + SPAN * 2) <= Scratch::PER_WORKER
+    MAX_GROUP * (2 * (MAX_HEAD_DIM + 16) * 4 + MAX_HEAD_DIM * 4 + SPAN * 4 + SPAN * 4) <= Scratch::PER_WORKER
 );
 
 #[cfg(test)]

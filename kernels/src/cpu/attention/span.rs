@@ -8,9 +8,8 @@ use std::ops::Range;
 
 use super::SPAN;
 use crate::KvDType;
-use crate::cpu::activation::round_bf16;
 use crate::cpu::kv_cache::{BLOCK_SIZE, UnitLayout};
-use crate::cpu::math::exp;
+use crate::cpu::math::{exp, round_bf16};
 use crate::cpu::simd::{Kernel, Simd};
 
 pub(super) struct SpanArgs<'a> {
@@ -56,28 +55,29 @@ trait Storage {
     const STEP: usize;
     /// Bytes of a vector of 16 lanes × STEP elements.
     const VECTOR: usize;
-    /// Bytes of a query element and of a softmax weight in scratch.
+    /// Bytes of a query element and of a softmax weight in scratch, in each of `PARTS` arrays that lie one behind the other.
     const BYTES: usize;
+    const PARTS: usize;
 
     type Weight<S: Simd>: Copy;
     unsafe fn load<S: Simd>(s: S, p: *const u8) -> Self::Weight<S>;
     /// As `load`, with only the first element of each step.
     unsafe fn load_first<S: Simd>(s: S, p: *const u8) -> Self::Weight<S>;
-    /// Adds `w` times the step at `x`, broadcast.
-    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: Self::Weight<S>, x: *const u8) -> S::F;
-    /// Rounds a vector of queries or weights to what `dot` multiplies.
-    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F);
-    /// The value that `store` keeps, in f32.
-    unsafe fn rounded<S: Simd>(s: S, x: S::F) -> S::F;
+    /// Adds `w` times the step at `x`, broadcast; a second part lies `part` bytes behind.
+    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: Self::Weight<S>, x: *const u8, part: usize) -> S::F;
+    /// Writes a vector of queries or weights as `dot` reads it.
+    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F, part: usize);
 }
 
-/// bf16 in pairs.
+/// bf16 in pairs. Queries and weights are the sum of two bf16 numbers, 16 bits of mantissa together: rounding them to one
+/// would cost more than the rounding of the cache itself.
 struct Pairs;
 
 impl Storage for Pairs {
     const STEP: usize = 2;
     const VECTOR: usize = 64;
     const BYTES: usize = 2;
+    const PARTS: usize = 2;
 
     type Weight<S: Simd> = S::I;
 
@@ -92,19 +92,16 @@ impl Storage for Pairs {
     }
 
     #[inline(always)]
-    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: S::I, x: *const u8) -> S::F {
-        s.dot_bf16(acc, w, s.splat_bytes(x))
+    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: S::I, x: *const u8, part: usize) -> S::F {
+        let acc = s.dot_bf16(acc, w, s.splat_bytes(x));
+        s.dot_bf16(acc, w, s.splat_bytes(x.add(part)))
     }
 
     #[inline(always)]
-    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F) {
+    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F, part: usize) {
         s.store_bf16(p.cast(), x);
-    }
-
-    #[inline(always)]
-    unsafe fn rounded<S: Simd>(s: S, x: S::F) -> S::F {
-        // Weights are in 0..=1 or NaN, and a NaN shows in the weighted values.
-        round_bf16(s, x)
+        // Exact: the difference of a number and its rounding is a float.
+        s.store_bf16(p.add(part).cast(), s.sub(x, round_bf16(s, x)));
     }
 }
 
@@ -114,6 +111,7 @@ impl Storage for Floats {
     const STEP: usize = 1;
     const VECTOR: usize = 64;
     const BYTES: usize = 4;
+    const PARTS: usize = 1;
 
     type Weight<S: Simd> = S::F;
 
@@ -128,18 +126,13 @@ impl Storage for Floats {
     }
 
     #[inline(always)]
-    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: S::F, x: *const u8) -> S::F {
+    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: S::F, x: *const u8, _part: usize) -> S::F {
         s.fma(w, s.splat(*x.cast::<f32>()), acc)
     }
 
     #[inline(always)]
-    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F) {
+    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F, _part: usize) {
         s.store(p.cast(), x);
-    }
-
-    #[inline(always)]
-    unsafe fn rounded<S: Simd>(_s: S, x: S::F) -> S::F {
-        x
     }
 }
 
@@ -150,6 +143,7 @@ impl Storage for Halves {
     const STEP: usize = 1;
     const VECTOR: usize = 32;
     const BYTES: usize = 4;
+    const PARTS: usize = 1;
 
     type Weight<S: Simd> = S::F;
 
@@ -164,18 +158,13 @@ impl Storage for Halves {
     }
 
     #[inline(always)]
-    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: S::F, x: *const u8) -> S::F {
-        Floats::dot(s, acc, w, x)
+    unsafe fn dot<S: Simd>(s: S, acc: S::F, w: S::F, x: *const u8, part: usize) -> S::F {
+        Floats::dot(s, acc, w, x, part)
     }
 
     #[inline(always)]
-    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F) {
+    unsafe fn store<S: Simd>(s: S, p: *mut u8, x: S::F, _part: usize) {
         s.store(p.cast(), x);
-    }
-
-    #[inline(always)]
-    unsafe fn rounded<S: Simd>(_s: S, x: S::F) -> S::F {
-        x
     }
 }
 
@@ -202,19 +191,35 @@ impl SpanArgs<'_> {
         (self.first_limit + (row / self.group) as isize).clamp(0, SPAN as isize) as usize
     }
 
+    fn rows(&self) -> usize {
+        self.tokens * self.group
+    }
+
+    /// Bytes from the first part of the queries to the second.
+    #[inline(always)]
+    fn query_part<K: Storage>(&self) -> usize {
+        self.rows() * self.layout.padded() * K::BYTES
+    }
+
+    /// The same for the weights.
+    #[inline(always)]
+    fn weight_part<K: Storage>(&self) -> usize {
+        self.rows() * SPAN * K::BYTES
+    }
+
     #[inline(always)]
     unsafe fn run<S: Simd, K: Storage>(&self, s: S) {
-        let rows = self.tokens * self.group;
+        let rows = self.rows();
         let padded = self.layout.padded();
         let scores = self.scratch.cast::<f32>();
         let queries = self.scratch.add(rows * SPAN * 4);
-        let weights = queries.add(rows * padded * K::BYTES);
+        let weights = queries.add(K::PARTS * self.query_part::<K>());
         for row in 0..rows {
             let (token, head) = (row / self.group, row % self.group);
             let query = self.queries.add(token * self.query_stride + head * self.head_dim);
             for d in (0..padded).step_by(16) {
                 let x = s.load_n(query.wrapping_add(d), self.head_dim.saturating_sub(d).min(16));
-                K::store(s, queries.add((row * padded + d) * K::BYTES), x);
+                K::store(s, queries.add((row * padded + d) * K::BYTES), x, self.query_part::<K>());
             }
         }
         let first_seen = (0..rows).find(|&row| self.valid(row) > 0).unwrap_or(rows);
@@ -265,13 +270,14 @@ impl SpanArgs<'_> {
             keys[c] = self.unit(block + c);
         }
         let query_bytes = self.layout.padded() * K::BYTES;
+        let part = self.query_part::<K>();
         let mut acc = [[s.splat(0.0); C]; R];
         for step in 0..self.head_dim / K::STEP {
             for c in 0..C {
                 let w = K::load(s, keys[c].add(step * K::VECTOR));
                 for r in 0..R {
-                    acc[r][c] =
-                        K::dot(s, acc[r][c], w, queries.add(r * query_bytes + step * K::STEP * K::BYTES));
+                    let x = queries.add(r * query_bytes + step * K::STEP * K::BYTES);
+                    acc[r][c] = K::dot(s, acc[r][c], w, x, part);
                 }
             }
         }
@@ -299,8 +305,8 @@ impl SpanArgs<'_> {
         let mut sum = s.splat(0.0);
         for start in (0..valid).step_by(16) {
             let weight = exp(s, s.sub(s.load(scores.add(start)), s.splat(maximum)));
-            K::store(s, weights.add(start * K::BYTES), weight);
-            sum = s.add(sum, K::rounded(s, weight));
+            K::store(s, weights.add(start * K::BYTES), weight, self.weight_part::<K>());
+            sum = s.add(sum, weight);
         }
         let partial = self.partials.add(row * self.partial_stride + self.layout.padded());
         partial.write(maximum);
@@ -347,6 +353,7 @@ impl SpanArgs<'_> {
         let mut acc = [[s.splat(0.0); C]; R];
         let per_block = BLOCK_SIZE / K::STEP;
         let step_bytes = self.layout.padded() / 16 * K::VECTOR;
+        let part = self.weight_part::<K>();
         let mut step = steps.start;
         while step < steps.end {
             let values = self.unit(step / per_block).add(self.layout.keys_bytes() + vector * K::VECTOR);
@@ -360,7 +367,7 @@ impl SpanArgs<'_> {
                 }
                 for r in 0..R {
                     for c in 0..C {
-                        acc[r][c] = K::dot(s, acc[r][c], w[c], weights.add(r * SPAN * K::BYTES));
+                        acc[r][c] = K::dot(s, acc[r][c], w[c], weights.add(r * SPAN * K::BYTES), part);
                     }
                 }
             }
@@ -392,7 +399,7 @@ impl SpanArgs<'_> {
             let values = values.add(step % per_block * step_bytes);
             let whole = (step + 1) * K::STEP <= valid;
             let w = if whole { K::load(s, values) } else { K::load_first(s, values) };
-            acc = K::dot(s, acc, w, weights.add(step * K::STEP * K::BYTES));
+            acc = K::dot(s, acc, w, weights.add(step * K::STEP * K::BYTES), self.weight_part::<K>());
         }
         s.store(out, acc);
     }

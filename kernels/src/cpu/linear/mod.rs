@@ -15,7 +15,7 @@ use std::ops::Range;
 
 pub use epilogue::Epilogue;
 use epilogue::{Finish, Reduce};
-use expand::{BytesToBf16, ExpandNibbles, NibblesToBf16};
+use expand::ExpandNibbles;
 use tile::{TILE_STRIDE, TileArgs, TileFn, TileKind, Weights, tile_fn};
 
 use super::activation::{GROUP, View};
@@ -28,12 +28,12 @@ use crate::{Activations, Isa};
 
 /// Partial sums of a block of rows at the start of a worker's scratch.
 const PARTIAL_BYTES: usize = 512 * 1024;
-/// Unpacked weights behind them: two panels of [`EXPAND_MANY`] values along K in bf16.
-const EXPAND_BYTES: usize = EXPAND_MANY * 64;
+/// Unpacked weights behind them: two panels of [`EXPAND_MANY`] values along K, one byte each.
+const EXPAND_BYTES: usize = EXPAND_MANY * 2 * LANES;
 const _: () = assert!(PARTIAL_BYTES + EXPAND_BYTES <= Scratch::PER_WORKER);
 
-/// Values along K unpacked at a time for many rows (128 KiB of bf16, of 1 MiB of L2) and for few (16 KiB, in L1).
-const EXPAND_MANY: usize = 2048;
+/// Values along K unpacked at a time for many rows (128 KiB, of 1 MiB of L2) and for few (8 KiB, in L1).
+const EXPAND_MANY: usize = 4096;
 const EXPAND_FEW: usize = 256;
 
 /// Prefetching further ahead would push what is needed first out of the L1 cache.
@@ -249,23 +249,11 @@ impl<'a> Job<'a> {
                     panel.add(self.weights.scales_offset + first * self.weights.format.scale_bytes()).cast();
                 if self.expand {
                     let to = expanded.add(c * (EXPAND_BYTES / 2));
-                    self.expand(weights[c], to, steps);
+                    dispatch(self.isa, ExpandNibbles { from: weights[c], to, blocks: steps });
                     weights[c] = to;
                 }
             }
             self.tiles(weights, scales, panels, rows, first..first + steps, first == range.start, out);
-        }
-    }
-
-    unsafe fn expand(&self, from: *const u8, to: *mut u8, blocks: usize) {
-        match (self.kind.weights, self.weights.format) {
-            (Weights::SmallBytes, _) => {
-                dispatch(self.isa, ExpandNibbles { from, to, blocks });
-            }
-            (_, Format::Int4 { zero_point, .. }) => {
-                dispatch(self.isa, NibblesToBf16 { from, to, blocks, zero_point, ahead: self.ahead() });
-            }
-            _ => dispatch(self.isa, BytesToBf16 { from, to, blocks, ahead: self.ahead() }),
         }
     }
 
@@ -285,7 +273,7 @@ impl<'a> Job<'a> {
         let (height, taller) = (rows.len() / count, rows.len() % count);
         let value_bytes = match self.x_class() {
             Activations::F32 => 4,
-            Activations::Bf16 => 2,
+            Activations::Bf16 | Activations::Int16 => 2,
             Activations::Int8 => 1,
         };
         let k = steps.start * self.weights.format.step_len();
@@ -370,15 +358,11 @@ impl<'a> Job<'a> {
 
 /// The kernel for a layer, and whether its weights are unpacked first.
 fn tile_kind(weights: &Linear, rows: usize) -> (TileKind, bool) {
-    let bf16 = weights.activations() == Activations::Bf16;
-    let kind = |weights, zero_point, minima| TileKind { weights, zero_point, minima };
+    let parts = if weights.activations() == Activations::Int16 { 2 } else { 1 };
+    let kind = |weights, zero_point, minima| TileKind { weights, zero_point, minima, parts };
     match weights.format {
         Format::F32 => (kind(Weights::F32, 0, false), false),
         Format::Bf16 => (kind(Weights::Bf16, 0, false), false),
-        Format::Int4 { zero_point, minima } if bf16 => {
-            (kind(Weights::IntegersAsBf16, zero_point, minima), true)
-        }
-        Format::Int8 { minima } if bf16 => (kind(Weights::IntegersAsBf16, 128, minima), true),
         Format::Int4 { zero_point, minima } if rows < UNPACK_FROM_ROWS => {
             (kind(Weights::Nibbles, zero_point, minima), false)
         }

@@ -1,6 +1,6 @@
 //! Every ISA against f64 over shapes around the tiles, and the invariance that the crate promises.
 
-use super::super::reference::{dequantize, dot, int8_rounded, random_matrix};
+use super::super::reference::{dequantize, dot, integer_rounded, random_matrix};
 use super::super::testing::{Random, backends};
 use super::super::{LinearSpec, Part, SegmentPlan};
 use super::*;
@@ -8,7 +8,8 @@ use crate::{DType, Matrix};
 use half::bf16;
 
 const ALL: [DType; 6] = [DType::F32, DType::F16, DType::Bf16, DType::Q8_0, DType::Q4_0, DType::Q4_1];
-const CLASSES: [Activations; 3] = [Activations::F32, Activations::Bf16, Activations::Int8];
+const CLASSES: [Activations; 4] =
+    [Activations::F32, Activations::Bf16, Activations::Int16, Activations::Int8];
 
 fn spec(activations: Activations, segments: usize) -> LinearSpec {
     LinearSpec { activations, segments: SegmentPlan::new(segments), layout: Layout::Plain }
@@ -32,7 +33,8 @@ fn rounded(x: &[f32], class: Activations) -> Vec<f32> {
     match class {
         Activations::F32 => x.to_vec(),
         Activations::Bf16 => x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect(),
-        Activations::Int8 => int8_rounded(x),
+        Activations::Int8 => integer_rounded(x, 127.0),
+        Activations::Int16 => integer_rounded(x, 16256.0),
     }
 }
 
@@ -112,7 +114,7 @@ fn extremes_are_exact() {
                     .map(|i| if i / 64 % 2 == 1 && i % 2 == 1 { -127.0 } else { 127.0 } * sign)
                     .collect();
                 for cpu in backends(1) {
-                    for class in [Activations::Int8, Activations::Bf16] {
+                    for class in [Activations::Int8, Activations::Int16] {
                         let weights = cpu.pack_linear(&[Part::new(matrix)], &spec(class, 1)).unwrap();
                         let got = multiply(&cpu, &weights, &x);
                         for (t, x) in x.chunks(64).enumerate() {
@@ -177,7 +179,7 @@ fn long_inputs_are_cut_without_a_trace() {
         let rows = dequantize(&matrix);
         let x = random.vec(40 * k);
         for cpu in backends(2) {
-            for class in [Activations::Bf16, Activations::Int8] {
+            for class in [Activations::Bf16, Activations::Int16, Activations::Int8] {
                 let weights = cpu.pack_linear(&[Part::new(matrix)], &spec(class, 1)).unwrap();
                 check(&cpu, &weights, &rows, &x[..3 * k], "long");
                 let whole = multiply(&cpu, &weights, &x);
@@ -263,7 +265,7 @@ fn gate_and_up_make_swiglu() {
                     .pack_linear(&parts, &LinearSpec { layout: Layout::GateUp, ..spec(class, 1) })
                     .unwrap();
                 assert_eq!(packed.out_features(), n);
-                let input = activation(&cpu, &x, k, class);
+                let input = activation(&cpu, &x, k, packed.activations());
                 let mut out = vec![0.0; t * n];
                 cpu.linear(&packed, &input, &mut out, Epilogue::SwiGlu);
                 // Apart, in the same format, so that only the epilogue differs.

@@ -6,7 +6,8 @@
 //!
 //! Integer tiles (AVX-512, 6 × 2): per block of 32 along K and per row and panel 8 dot products, one conversion, one
 //! multiplication and one or two FMAs; with two multiplying pipes that is 8 of 10–11 slots, so about 1.5 of the
-//! 2.06 TOP/s that the dot products alone reach. bf16 tiles over integer weights: 16 dot products of 17–18 slots.
+//! 2.06 TOP/s that the dot products alone reach. With int16 activations the dot products are done twice, for the high and the
+//! low bytes: 16 of 19–20 slots.
 
 use crate::cpu::activation::GROUP;
 use crate::cpu::isa::Detected;
@@ -26,8 +27,6 @@ pub(super) enum Weights {
     SmallBytes,
     /// 512 bytes per block, weight + 128.
     Bytes,
-    /// 1024 bytes per block, integers as bf16.
-    IntegersAsBf16,
 }
 
 /// The kernel for a packed format; see [`tile_fn`].
@@ -36,6 +35,8 @@ pub(super) struct TileKind {
     pub(super) weights: Weights,
     pub(super) zero_point: u8,
     pub(super) minima: bool,
+    /// Bytes per value of integer activations.
+    pub(super) parts: usize,
 }
 
 /// Everything a tile reads and writes, from its first step along K.
@@ -82,18 +83,22 @@ pub(super) fn tile_fn(kind: TileKind, rows: usize, panels: usize) -> TileFn {
             $entry::<$r, $c, $($param)*>
         };
     }
-    let TileKind { weights, zero_point, minima } = kind;
-    match (weights, zero_point, minima) {
+    let TileKind { weights, zero_point, minima, parts } = kind;
+    match (weights, zero_point, minima, parts) {
         (Weights::F32, ..) => shapes!(f32_entry [], 1 2 3 4 5 6 7 8 9 10 11 12),
         (Weights::Bf16, ..) => shapes!(bf16_entry [], 1 2 3 4 5 6 7 8 9 10 11 12),
-        (Weights::Nibbles, 8, _) => shapes!(int_entry [NIBBLES, 8, false], 1 2 3 4 5 6),
-        (Weights::Nibbles, _, _) => shapes!(int_entry [NIBBLES, 0, true], 1 2 3 4 5 6),
-        (Weights::SmallBytes, 8, _) => shapes!(int_entry [SMALL_BYTES, 8, false], 1 2 3 4 5 6),
-        (Weights::SmallBytes, _, _) => shapes!(int_entry [SMALL_BYTES, 0, true], 1 2 3 4 5 6),
-        (Weights::Bytes, _, false) => shapes!(int_entry [BYTES, 128, false], 1 2 3 4 5 6),
-        (Weights::Bytes, _, true) => shapes!(int_entry [BYTES, 128, true], 1 2 3 4 5 6),
-        (Weights::IntegersAsBf16, _, false) => shapes!(scaled_bf16_entry [false], 1 2 3 4 5 6),
-        (Weights::IntegersAsBf16, _, true) => shapes!(scaled_bf16_entry [true], 1 2 3 4 5 6),
+        (Weights::Nibbles, 8, _, 1) => shapes!(int_entry [NIBBLES, 8, false, 1], 1 2 3 4 5 6),
+        (Weights::Nibbles, 8, ..) => shapes!(int_entry [NIBBLES, 8, false, 2], 1 2 3 4 5 6),
+        (Weights::Nibbles, _, _, 1) => shapes!(int_entry [NIBBLES, 0, true, 1], 1 2 3 4 5 6),
+        (Weights::Nibbles, ..) => shapes!(int_entry [NIBBLES, 0, true, 2], 1 2 3 4 5 6),
+        (Weights::SmallBytes, 8, _, 1) => shapes!(int_entry [SMALL_BYTES, 8, false, 1], 1 2 3 4 5 6),
+        (Weights::SmallBytes, 8, ..) => shapes!(int_entry [SMALL_BYTES, 8, false, 2], 1 2 3 4 5 6),
+        (Weights::SmallBytes, _, _, 1) => shapes!(int_entry [SMALL_BYTES, 0, true, 1], 1 2 3 4 5 6),
+        (Weights::SmallBytes, ..) => shapes!(int_entry [SMALL_BYTES, 0, true, 2], 1 2 3 4 5 6),
+        (Weights::Bytes, _, false, 1) => shapes!(int_entry [BYTES, 128, false, 1], 1 2 3 4 5 6),
+        (Weights::Bytes, _, false, _) => shapes!(int_entry [BYTES, 128, false, 2], 1 2 3 4 5 6),
+        (Weights::Bytes, _, true, 1) => shapes!(int_entry [BYTES, 128, true, 1], 1 2 3 4 5 6),
+        (Weights::Bytes, _, true, _) => shapes!(int_entry [BYTES, 128, true, 2], 1 2 3 4 5 6),
     }
 }
 
@@ -111,8 +116,7 @@ macro_rules! entries {
 entries! {
     f32_entry => F32Tile<>;
     bf16_entry => Bf16Tile<>;
-    int_entry => IntTile<SOURCE: u8, ZERO_POINT: u8, MINIMA: bool>;
-    scaled_bf16_entry => ScaledBf16Tile<MINIMA: bool>;
+    int_entry => IntTile<SOURCE: u8, ZERO_POINT: u8, MINIMA: bool, PARTS: usize>;
 }
 
 /// Asks for the `BYTES` of each panel's weights, and the line of its scales at `scales_at`, that lie `ahead` of what is
@@ -213,52 +217,14 @@ impl<const R: usize, const C: usize> Kernel for Bf16Tile<'_, R, C> {
     }
 }
 
-impl<const R: usize, const C: usize, const MINIMA: bool> Kernel for ScaledBf16Tile<'_, R, C, MINIMA> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
-        if const { R > S::BLOCK_ROWS || C > S::PANELS } {
-            unreachable!("no such tile on this ISA");
-        }
-        let t = self.0;
-        let mut acc = start::<S, R, C>(s, t);
-        let scale_stride = if MINIMA { 32 } else { 16 };
-        for block in 0..t.steps {
-            let mut dot = [[s.splat(0.0); C]; R];
-            for pair in 0..GROUP / 2 {
-                let mut w = [s.splat_i(0); C];
-                for c in 0..C {
-                    w[c] = s.load_i(t.weights[c].add(block * 1024 + pair * 64));
-                }
-                for r in 0..R {
-                    let x = s.splat_bytes(t.x.add(r * t.row_bytes + block * 64 + pair * 4));
-                    for c in 0..C {
-                        dot[r][c] = s.dot_bf16(dot[r][c], w[c], x);
-                    }
-                }
-            }
-            for c in 0..C {
-                let scales = t.scales[c].add(block * scale_stride);
-                let d = s.load_f16(scales);
-                for r in 0..R {
-                    acc[r][c] = s.fma(dot[r][c], d, acc[r][c]);
-                }
-                if MINIMA {
-                    let m = s.load_f16(scales.add(16));
-                    for r in 0..R {
-                        let sum = s.splat(*t.x_sums.cast::<f32>().add(r * t.groups + block));
-                        acc[r][c] = s.fma(m, sum, acc[r][c]);
-                    }
-                }
-            }
-        }
-        finish(s, t, acc);
-    }
-}
-
-impl<const R: usize, const C: usize, const SOURCE: u8, const ZERO_POINT: u8, const MINIMA: bool> Kernel
-    for IntTile<'_, R, C, SOURCE, ZERO_POINT, MINIMA>
+impl<
+    const R: usize,
+    const C: usize,
+    const SOURCE: u8,
+    const ZERO_POINT: u8,
+    const MINIMA: bool,
+    const PARTS: usize,
+> Kernel for IntTile<'_, R, C, SOURCE, ZERO_POINT, MINIMA, PARTS>
 {
     type Output = ();
 
@@ -271,11 +237,26 @@ impl<const R: usize, const C: usize, const SOURCE: u8, const ZERO_POINT: u8, con
         let mut acc = start::<S, R, C>(s, t);
         let scale_stride = if MINIMA { 32 } else { 16 };
         for block in 0..t.steps {
-            let dot = if SOURCE == BYTES {
-                byte_block::<S, R, C>(s, t, block, scale_stride * 2)
-            } else {
-                small_block::<S, R, C, SOURCE, ZERO_POINT>(s, t, block, scale_stride * 2)
-            };
+            let x = t.x.add(block * PARTS * GROUP);
+            let mut dot = [[s.splat_i(0); C]; R];
+            for part in 0..PARTS {
+                // Horner: the high bytes' sum times 128, less what the zero point adds, then the low bytes.
+                let last = part + 1 == PARTS;
+                for r in 0..R {
+                    let zero =
+                        if last { zero_sum::<S, SOURCE, ZERO_POINT>(s, t, r, block) } else { s.splat_i(0) };
+                    for c in 0..C {
+                        dot[r][c] = if part == 0 { zero } else { s.add_i(s.shl::<7>(dot[r][c]), zero) };
+                    }
+                }
+                let x = x.add(part * GROUP);
+                dot = match SOURCE {
+                    BYTES => byte_dot::<S, R, C>(s, t, block, x, dot),
+                    NIBBLES => nibble_dot::<S, R, C>(s, t, block, x, dot),
+                    _ => small_dot::<S, R, C>(s, t, block, x, dot),
+                };
+            }
+            prefetch_block::<S, R, C, SOURCE>(s, t, block, scale_stride * 2);
             for c in 0..C {
                 let scales = t.scales[c].add(block * scale_stride);
                 let d = s.load_f16(scales);
@@ -296,89 +277,136 @@ impl<const R: usize, const C: usize, const SOURCE: u8, const ZERO_POINT: u8, con
     }
 }
 
-/// Dot products of one block with 4-bit weights, as nibbles or one byte each.
+/// What the zero point of the stored weights makes a block's dot product too large by, negated.
 #[inline(always)]
-unsafe fn small_block<S: Simd, const R: usize, const C: usize, const SOURCE: u8, const ZERO_POINT: u8>(
+unsafe fn zero_sum<S: Simd, const SOURCE: u8, const ZERO_POINT: u8>(
     s: S,
     t: &TileArgs,
+    r: usize,
     block: usize,
-    scale_bytes: usize,
-) -> [[S::I; C]; R] {
-    let mut init = [s.splat_i(0); R];
-    if ZERO_POINT == 8 {
-        for r in 0..R {
-            let sum = s.splat_bytes(t.x_sums.add(r * t.groups + block).cast());
-            init[r] = s.sub_i(init[r], s.shl::<3>(sum));
-        }
+) -> S::I {
+    let sum = t.x_sums.add(r * t.groups + block).cast();
+    if SOURCE == BYTES && S::BYTE_ZERO_POINT == 128 {
+        return s.sub_i(s.splat_i(0), s.shl::<7>(s.splat_bytes(sum)));
     }
-    let mut dot = [[s.dot4_start(init[0]); C]; R];
-    for r in 0..R {
-        dot[r] = [s.dot4_start(init[r]); C];
+    if SOURCE != BYTES && ZERO_POINT == 8 {
+        return s.sub_i(s.splat_i(0), s.shl::<3>(s.splat_bytes(sum)));
     }
-    let x = t.x.add(block * GROUP);
-    if SOURCE == NIBBLES {
-        prefetch::<S, R, C, 256>(s, t, block * 256, Some(block * scale_bytes));
-        let low = s.splat_i(0x0f0f_0f0f);
-        for group in 0..4 {
-            let mut w = [s.splat_i(0); C];
-            for c in 0..C {
-                w[c] = s.load_i(t.weights[c].add(block * 256 + group * 64));
-            }
-            for r in 0..R {
-                let x_low = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
-                let x_high = s.splat_bytes(x.add(r * t.row_bytes + 16 + group * 4));
-                for c in 0..C {
-                    dot[r][c] = s.dot4(dot[r][c], s.and(w[c], low), x_low);
-                    dot[r][c] = s.dot4(dot[r][c], s.and(s.shr::<4>(w[c]), low), x_high);
-                }
-            }
-        }
-    } else {
-        for group in 0..8 {
-            let mut w = [s.splat_i(0); C];
-            for c in 0..C {
-                w[c] = s.load_i(t.weights[c].add(block * 512 + group * 64));
-            }
-            for r in 0..R {
-                let x = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
-                for c in 0..C {
-                    dot[r][c] = s.dot4(dot[r][c], w[c], x);
-                }
-            }
-        }
-    }
-    let mut sums = [[s.splat_i(0); C]; R];
-    for r in 0..R {
-        for c in 0..C {
-            sums[r][c] = s.dot4_finish(dot[r][c], init[r]);
-        }
-    }
-    sums
+    s.splat_i(0)
 }
 
-/// Dot products of one block with stored bytes weight + 128.
 #[inline(always)]
-unsafe fn byte_block<S: Simd, const R: usize, const C: usize>(
+unsafe fn prefetch_block<S: Simd, const R: usize, const C: usize, const SOURCE: u8>(
     s: S,
     t: &TileArgs,
     block: usize,
     scale_bytes: usize,
-) -> [[S::I; C]; R] {
-    prefetch::<S, R, C, 512>(s, t, block * 512, Some(block * scale_bytes));
-    let mut dot = [[s.splat_i(0); C]; R];
-    if S::BYTE_ZERO_POINT == 128 {
-        for r in 0..R {
-            let sum = s.splat_bytes(t.x_sums.add(r * t.groups + block).cast());
-            dot[r] = [s.sub_i(s.splat_i(0), s.shl::<7>(sum)); C];
+) {
+    match SOURCE {
+        BYTES => prefetch::<S, R, C, 512>(s, t, block * 512, Some(block * scale_bytes)),
+        NIBBLES => prefetch::<S, R, C, 256>(s, t, block * 256, Some(block * scale_bytes)),
+        // Just unpacked: in the cache.
+        _ => {}
+    }
+}
+
+#[inline(always)]
+unsafe fn dot4_starts<S: Simd, const R: usize, const C: usize>(
+    s: S,
+    init: &[[S::I; C]; R],
+) -> [[S::Dot4; C]; R] {
+    let mut dot = [[s.dot4_start(init[0][0]); C]; R];
+    for r in 0..R {
+        for c in 0..C {
+            dot[r][c] = s.dot4_start(init[r][c]);
         }
     }
+    dot
+}
+
+#[inline(always)]
+unsafe fn dot4_finishes<S: Simd, const R: usize, const C: usize>(
+    s: S,
+    dot: [[S::Dot4; C]; R],
+    mut init: [[S::I; C]; R],
+) -> [[S::I; C]; R] {
+    for r in 0..R {
+        for c in 0..C {
+            init[r][c] = s.dot4_finish(dot[r][c], init[r][c]);
+        }
+    }
+    init
+}
+
+/// `init` plus the dot products of one block with packed nibbles.
+#[inline(always)]
+unsafe fn nibble_dot<S: Simd, const R: usize, const C: usize>(
+    s: S,
+    t: &TileArgs,
+    block: usize,
+    x: *const u8,
+    init: [[S::I; C]; R],
+) -> [[S::I; C]; R] {
+    let mut dot = dot4_starts(s, &init);
+    let low = s.splat_i(0x0f0f_0f0f);
+    for group in 0..4 {
+        let mut w = [s.splat_i(0); C];
+        for c in 0..C {
+            w[c] = s.load_i(t.weights[c].add(block * 256 + group * 64));
+        }
+        for r in 0..R {
+            let x_low = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
+            let x_high = s.splat_bytes(x.add(r * t.row_bytes + 16 + group * 4));
+            for c in 0..C {
+                dot[r][c] = s.dot4(dot[r][c], s.and(w[c], low), x_low);
+                dot[r][c] = s.dot4(dot[r][c], s.and(s.shr::<4>(w[c]), low), x_high);
+            }
+        }
+    }
+    dot4_finishes::<S, R, C>(s, dot, init)
+}
+
+/// The same with nibbles unpacked to one byte each.
+#[inline(always)]
+unsafe fn small_dot<S: Simd, const R: usize, const C: usize>(
+    s: S,
+    t: &TileArgs,
+    block: usize,
+    x: *const u8,
+    init: [[S::I; C]; R],
+) -> [[S::I; C]; R] {
+    let mut dot = dot4_starts(s, &init);
     for group in 0..8 {
         let mut w = [s.splat_i(0); C];
         for c in 0..C {
             w[c] = s.load_i(t.weights[c].add(block * 512 + group * 64));
         }
         for r in 0..R {
-            let x = s.splat_bytes(t.x.add(r * t.row_bytes + block * GROUP + group * 4));
+            let x = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
+            for c in 0..C {
+                dot[r][c] = s.dot4(dot[r][c], w[c], x);
+            }
+        }
+    }
+    dot4_finishes::<S, R, C>(s, dot, init)
+}
+
+/// The same with stored bytes weight + 128.
+#[inline(always)]
+unsafe fn byte_dot<S: Simd, const R: usize, const C: usize>(
+    s: S,
+    t: &TileArgs,
+    block: usize,
+    x: *const u8,
+    mut dot: [[S::I; C]; R],
+) -> [[S::I; C]; R] {
+    for group in 0..8 {
+        let mut w = [s.splat_i(0); C];
+        for c in 0..C {
+            w[c] = s.load_i(t.weights[c].add(block * 512 + group * 64));
+        }
+        for r in 0..R {
+            let x = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
             for c in 0..C {
                 dot[r][c] = s.dot8(dot[r][c], w[c], x);
             }
