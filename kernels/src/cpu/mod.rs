@@ -110,7 +110,7 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// Enough for the partial sums and expanded panels of `linear` and for one item of `attention`.
+    /// Enough for the partial sums of `linear` and for one item of `attention`.
     const PER_WORKER: usize = 4 * 1024 * 1024;
 
     fn new(workers: usize) -> Self {

@@ -1,21 +1,19 @@
 //! Linear layers: packed weights [N, K] times activations [T, K].
 //!
 //! Work is split over groups of two panels (32 columns), and over rows as well when there are few groups. For its group a
-//! worker walks blocks of rows, segments of K and stretches of K; when many rows follow, 4-bit weights are unpacked once
-//! per stretch into the worker's scratch, which stays in L2. One row reads the packed nibbles directly: it is bound by
-//! memory, and each byte is touched once.
+//! worker walks blocks of rows and segments of K in register tiles. Tiles read 4-bit weights as they are packed: unpacking
+//! them once for many rows was slower on every ISA, for a vector of nibbles costs three operations beside the two
+//! dot products per row that it feeds, and half the bytes come out of L2.
 //!
 //! Every output element is the same sequence of operations in all of these cases (see [`tile`]).
 
 mod epilogue;
-mod expand;
 mod tile;
 
 use std::ops::Range;
 
 pub use epilogue::Epilogue;
 use epilogue::{Finish, Reduce};
-use expand::ExpandNibbles;
 use tile::{TILE_STRIDE, TileArgs, TileFn, TileKind, Weights, tile_fn};
 
 use super::activation::{GROUP, View};
@@ -28,19 +26,10 @@ use crate::{Activations, Isa};
 
 /// Partial sums of a block of rows at the start of a worker's scratch.
 const PARTIAL_BYTES: usize = 512 * 1024;
-/// Unpacked weights behind them: two panels of [`EXPAND_MANY`] values along K, one byte each.
-const EXPAND_BYTES: usize = EXPAND_MANY * 2 * LANES;
-const _: () = assert!(PARTIAL_BYTES + EXPAND_BYTES <= Scratch::PER_WORKER);
-
-/// Values along K unpacked at a time for many rows (128 KiB, of 1 MiB of L2) and for few (8 KiB, in L1).
-const EXPAND_MANY: usize = 4096;
-const EXPAND_FEW: usize = 256;
+const _: () = assert!(PARTIAL_BYTES <= Scratch::PER_WORKER);
 
 /// Prefetching further ahead would push what is needed first out of the L1 cache.
 const MAX_AHEAD: usize = 32 * 1024;
-
-/// Rows from which on unpacking nibbles first is cheaper than unpacking in every tile.
-const UNPACK_FROM_ROWS: usize = 7;
 
 impl Cpu {
     /// `out` [T, N] (or [T, I] for gate and up) = epilogue(x · Wᵀ + bias).
@@ -161,7 +150,6 @@ struct Job<'a> {
     epilogue: Option<Epilogue>,
     kind: TileKind,
     shape: Shape,
-    expand: bool,
 }
 
 impl<'a> Job<'a> {
@@ -174,20 +162,10 @@ impl<'a> Job<'a> {
     ) -> Self {
         assert_eq!(x.cols(), weights.in_features(), "input of a linear layer");
         assert_eq!(x.class(), weights.activations(), "activation class of a linear layer");
-        let (kind, expand) = tile_kind(weights, x.rows());
+        let kind = tile_kind(weights);
         let scaled = !matches!(kind.weights, Weights::F32 | Weights::Bf16);
         let shape = tile_shape(isa.isa(), scaled);
-        Self {
-            isa,
-            weights,
-            x: x.view(),
-            rows: x.rows(),
-            out: SharedMut::new(out),
-            epilogue,
-            kind,
-            shape,
-            expand,
-        }
+        Self { isa, weights, x: x.view(), rows: x.rows(), out: SharedMut::new(out), epilogue, kind, shape }
     }
 
     /// Computes `rows` of one group of two panels.
@@ -209,65 +187,29 @@ impl<'a> Job<'a> {
             for segment in 0..segments {
                 let out = partials.add(segment * segment_stride);
                 // The last segment is the only one where a remainder of K could be, and only when there is one segment.
-                self.stretches(
-                    first_panel,
-                    panels,
-                    &rows,
-                    segment * steps..(segment + 1) * steps,
-                    out,
-                    scratch.add(PARTIAL_BYTES),
-                );
+                self.tiles(first_panel, panels, &rows, segment * steps..(segment + 1) * steps, out);
             }
             self.finish(first_panel, panels, &rows, partials, segment_stride);
         }
     }
 
-    /// Sums steps `range` of K for all rows into `out`.
-    unsafe fn stretches(
+    /// Sums the steps of one segment of K for all rows into `out`, one register tile after another.
+    unsafe fn tiles(
         &self,
         first_panel: usize,
         panels: usize,
         rows: &Range<usize>,
-        range: Range<usize>,
-        out: *mut f32,
-        expanded: *mut u8,
-    ) {
-        let many = rows.len() > 2 * self.shape.rows;
-        let stretch = if self.expand {
-            (if many { EXPAND_MANY } else { EXPAND_FEW }) / self.weights.format.step_len()
-        } else {
-            range.len()
-        };
-        for first in range.clone().step_by(stretch) {
-            let steps = stretch.min(range.end - first);
-            let mut weights = [std::ptr::null(); 2];
-            let mut scales = [std::ptr::null(); 2];
-            for c in 0..panels {
-                let panel = self.weights.data.as_ptr().add((first_panel + c) * self.weights.panel_bytes);
-                weights[c] = panel.add(first * self.weights.format.step_bytes());
-                scales[c] =
-                    panel.add(self.weights.scales_offset + first * self.weights.format.scale_bytes()).cast();
-                if self.expand {
-                    let to = expanded.add(c * (EXPAND_BYTES / 2));
-                    dispatch(self.isa, ExpandNibbles { from: weights[c], to, blocks: steps });
-                    weights[c] = to;
-                }
-            }
-            self.tiles(weights, scales, panels, rows, first..first + steps, first == range.start, out);
-        }
-    }
-
-    /// All register tiles of `rows` over one stretch of K.
-    unsafe fn tiles(
-        &self,
-        weights: [*const u8; 2],
-        scales: [*const u16; 2],
-        panels: usize,
-        rows: &Range<usize>,
         steps: Range<usize>,
-        first: bool,
         out: *mut f32,
     ) {
+        let format = self.weights.format;
+        let mut weights = [std::ptr::null(); 2];
+        let mut scales = [std::ptr::null(); 2];
+        for c in 0..panels {
+            let panel = self.weights.data.as_ptr().add((first_panel + c) * self.weights.panel_bytes);
+            weights[c] = panel.add(steps.start * format.step_bytes());
+            scales[c] = panel.add(self.weights.scales_offset + steps.start * format.scale_bytes()).cast();
+        }
         let count = rows.len().div_ceil(self.shape.rows);
         // Even heights: 8 rows are 4 + 4, not 6 + 2.
         let (height, taller) = (rows.len() / count, rows.len() % count);
@@ -276,7 +218,7 @@ impl<'a> Job<'a> {
             Activations::Bf16 | Activations::Int16 => 2,
             Activations::Int8 => 1,
         };
-        let k = steps.start * self.weights.format.step_len();
+        let k = steps.start * format.step_len();
         let width = panels.min(self.shape.panels);
         let heights = [height, height + usize::from(taller > 0)];
         let kernels: [TileFn; 2] = heights.map(|height| tile_fn(self.kind, height, width));
@@ -298,7 +240,6 @@ impl<'a> Job<'a> {
                     steps: steps.len(),
                     ahead: self.ahead(),
                     out: out.add(row * TILE_STRIDE + panel * LANES),
-                    first,
                 };
                 kernels[tall](self.isa, &args);
             }
@@ -356,18 +297,15 @@ impl<'a> Job<'a> {
     }
 }
 
-/// The kernel for a layer, and whether its weights are unpacked first.
-fn tile_kind(weights: &Linear, rows: usize) -> (TileKind, bool) {
+/// The kernel for a layer.
+fn tile_kind(weights: &Linear) -> TileKind {
     let parts = if weights.activations() == Activations::Int16 { 2 } else { 1 };
     let kind = |weights, zero_point, minima| TileKind { weights, zero_point, minima, parts };
     match weights.format {
-        Format::F32 => (kind(Weights::F32, 0, false), false),
-        Format::Bf16 => (kind(Weights::Bf16, 0, false), false),
-        Format::Int4 { zero_point, minima } if rows < UNPACK_FROM_ROWS => {
-            (kind(Weights::Nibbles, zero_point, minima), false)
-        }
-        Format::Int4 { zero_point, minima } => (kind(Weights::SmallBytes, zero_point, minima), true),
-        Format::Int8 { minima } => (kind(Weights::Bytes, 128, minima), false),
+        Format::F32 => kind(Weights::F32, 0, false),
+        Format::Bf16 => kind(Weights::Bf16, 0, false),
+        Format::Int4 { zero_point, minima } => kind(Weights::Nibbles, zero_point, minima),
+        Format::Int8 { minima } => kind(Weights::Bytes, 128, minima),
     }
 }
 

@@ -168,9 +168,9 @@ fn a_row_does_not_depend_on_its_batch() {
     }
 }
 
-/// A K beyond the stretch that is unpacked at a time.
+/// A K beyond what the caches hold of a panel, and more rows than one block of partial sums.
 #[test]
-fn long_inputs_are_cut_without_a_trace() {
+fn long_inputs_match_too() {
     let mut random = Random::new(22);
     let (n, k) = (33, 4416);
     for dtype in [DType::Q4_1, DType::Q8_0, DType::Bf16] {

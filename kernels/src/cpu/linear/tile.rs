@@ -1,8 +1,7 @@
-//! Register tiles: R rows of activations times C panels of 16 columns, over a stretch of K.
+//! Register tiles: R rows of activations times C panels of 16 columns, over a segment of K.
 //!
-//! A tile's result is written to a small f32 buffer; with `first` unset it continues from what stands there, which is
-//! exact, so K can be cut anywhere without changing a bit. What one output element adds up, and in which order,
-//! depends on neither R nor C.
+//! A tile's result is written to a small f32 buffer. What one output element adds up, and in which order, depends on
+//! neither R nor C.
 //!
 //! Integer tiles (AVX-512, 6 × 2): per block of 32 along K and per row and panel 8 dot products, one conversion, one
 //! multiplication and one or two FMAs; with two multiplying pipes that is 8 of 10–11 slots, so about 1.5 of the
@@ -23,8 +22,6 @@ pub(super) enum Weights {
     Bf16,
     /// 256 bytes of packed nibbles per block.
     Nibbles,
-    /// 512 bytes per block, unpacked nibbles.
-    SmallBytes,
     /// 512 bytes per block, weight + 128.
     Bytes,
 }
@@ -55,7 +52,6 @@ pub(super) struct TileArgs {
     /// Bytes ahead of the weights and scales being read that tiles of few rows prefetch.
     pub(super) ahead: usize,
     pub(super) out: *mut f32,
-    pub(super) first: bool,
 }
 
 /// # Safety
@@ -63,8 +59,7 @@ pub(super) struct TileArgs {
 pub(super) type TileFn = unsafe fn(Detected, &TileArgs);
 
 const NIBBLES: u8 = 0;
-const SMALL_BYTES: u8 = 1;
-const BYTES: u8 = 2;
+const BYTES: u8 = 1;
 
 /// The tile kernel of `rows` × `panels` for a format.
 ///
@@ -91,10 +86,6 @@ pub(super) fn tile_fn(kind: TileKind, rows: usize, panels: usize) -> TileFn {
         (Weights::Nibbles, 8, ..) => shapes!(int_entry [NIBBLES, 8, false, 2], 1 2 3 4 5 6),
         (Weights::Nibbles, _, _, 1) => shapes!(int_entry [NIBBLES, 0, true, 1], 1 2 3 4 5 6),
         (Weights::Nibbles, ..) => shapes!(int_entry [NIBBLES, 0, true, 2], 1 2 3 4 5 6),
-        (Weights::SmallBytes, 8, _, 1) => shapes!(int_entry [SMALL_BYTES, 8, false, 1], 1 2 3 4 5 6),
-        (Weights::SmallBytes, 8, ..) => shapes!(int_entry [SMALL_BYTES, 8, false, 2], 1 2 3 4 5 6),
-        (Weights::SmallBytes, _, _, 1) => shapes!(int_entry [SMALL_BYTES, 0, true, 1], 1 2 3 4 5 6),
-        (Weights::SmallBytes, ..) => shapes!(int_entry [SMALL_BYTES, 0, true, 2], 1 2 3 4 5 6),
         (Weights::Bytes, _, false, 1) => shapes!(int_entry [BYTES, 128, false, 1], 1 2 3 4 5 6),
         (Weights::Bytes, _, false, _) => shapes!(int_entry [BYTES, 128, false, 2], 1 2 3 4 5 6),
         (Weights::Bytes, _, true, 1) => shapes!(int_entry [BYTES, 128, true, 1], 1 2 3 4 5 6),
@@ -142,19 +133,6 @@ unsafe fn prefetch<S: Simd, const R: usize, const C: usize, const BYTES: usize>(
 }
 
 #[inline(always)]
-unsafe fn start<S: Simd, const R: usize, const C: usize>(s: S, t: &TileArgs) -> [[S::F; C]; R] {
-    let mut acc = [[s.splat(0.0); C]; R];
-    if !t.first {
-        for r in 0..R {
-            for c in 0..C {
-                acc[r][c] = s.load(t.out.add(r * TILE_STRIDE + c * 16));
-            }
-        }
-    }
-    acc
-}
-
-#[inline(always)]
 unsafe fn finish<S: Simd, const R: usize, const C: usize>(s: S, t: &TileArgs, acc: [[S::F; C]; R]) {
     for r in 0..R {
         for c in 0..C {
@@ -172,7 +150,7 @@ impl<const R: usize, const C: usize> Kernel for F32Tile<'_, R, C> {
             unreachable!("no such tile on this ISA");
         }
         let t = self.0;
-        let mut acc = start::<S, R, C>(s, t);
+        let mut acc = [[s.splat(0.0); C]; R];
         for step in 0..t.steps {
             prefetch::<S, R, C, 64>(s, t, step * 64, None);
             let mut w = [s.splat(0.0); C];
@@ -199,7 +177,7 @@ impl<const R: usize, const C: usize> Kernel for Bf16Tile<'_, R, C> {
             unreachable!("no such tile on this ISA");
         }
         let t = self.0;
-        let mut acc = start::<S, R, C>(s, t);
+        let mut acc = [[s.splat(0.0); C]; R];
         for step in 0..t.steps {
             prefetch::<S, R, C, 64>(s, t, step * 64, None);
             let mut w = [s.splat_i(0); C];
@@ -234,7 +212,7 @@ impl<
             unreachable!("no such tile on this ISA");
         }
         let t = self.0;
-        let mut acc = start::<S, R, C>(s, t);
+        let mut acc = [[s.splat(0.0); C]; R];
         let scale_stride = if MINIMA { 32 } else { 16 };
         for block in 0..t.steps {
             let x = t.x.add(block * PARTS * GROUP);
@@ -250,10 +228,10 @@ impl<
                     }
                 }
                 let x = x.add(part * GROUP);
-                dot = match SOURCE {
-                    BYTES => byte_dot::<S, R, C>(s, t, block, x, dot),
-                    NIBBLES => nibble_dot::<S, R, C>(s, t, block, x, dot),
-                    _ => small_dot::<S, R, C>(s, t, block, x, dot),
+                dot = if SOURCE == BYTES {
+                    byte_dot::<S, R, C>(s, t, block, x, dot)
+                } else {
+                    nibble_dot::<S, R, C>(s, t, block, x, dot)
                 };
             }
             prefetch_block::<S, R, C, SOURCE>(s, t, block, scale_stride * 2);
@@ -302,40 +280,11 @@ unsafe fn prefetch_block<S: Simd, const R: usize, const C: usize, const SOURCE: 
     block: usize,
     scale_bytes: usize,
 ) {
-    match SOURCE {
-        BYTES => prefetch::<S, R, C, 512>(s, t, block * 512, Some(block * scale_bytes)),
-        NIBBLES => prefetch::<S, R, C, 256>(s, t, block * 256, Some(block * scale_bytes)),
-        // Just unpacked: in the cache.
-        _ => {}
+    if SOURCE == BYTES {
+        prefetch::<S, R, C, 512>(s, t, block * 512, Some(block * scale_bytes));
+    } else {
+        prefetch::<S, R, C, 256>(s, t, block * 256, Some(block * scale_bytes));
     }
-}
-
-#[inline(always)]
-unsafe fn dot4_starts<S: Simd, const R: usize, const C: usize>(
-    s: S,
-    init: &[[S::I; C]; R],
-) -> [[S::Dot4; C]; R] {
-    let mut dot = [[s.dot4_start(init[0][0]); C]; R];
-    for r in 0..R {
-        for c in 0..C {
-            dot[r][c] = s.dot4_start(init[r][c]);
-        }
-    }
-    dot
-}
-
-#[inline(always)]
-unsafe fn dot4_finishes<S: Simd, const R: usize, const C: usize>(
-    s: S,
-    dot: [[S::Dot4; C]; R],
-    mut init: [[S::I; C]; R],
-) -> [[S::I; C]; R] {
-    for r in 0..R {
-        for c in 0..C {
-            init[r][c] = s.dot4_finish(dot[r][c], init[r][c]);
-        }
-    }
-    init
 }
 
 /// `init` plus the dot products of one block with packed nibbles.
@@ -345,9 +294,14 @@ unsafe fn nibble_dot<S: Simd, const R: usize, const C: usize>(
     t: &TileArgs,
     block: usize,
     x: *const u8,
-    init: [[S::I; C]; R],
+    mut init: [[S::I; C]; R],
 ) -> [[S::I; C]; R] {
-    let mut dot = dot4_starts(s, &init);
+    let mut dot = [[s.dot4_start(init[0][0]); C]; R];
+    for r in 0..R {
+        for c in 0..C {
+            dot[r][c] = s.dot4_start(init[r][c]);
+        }
+    }
     let low = s.splat_i(0x0f0f_0f0f);
     for group in 0..4 {
         let mut w = [s.splat_i(0); C];
@@ -363,32 +317,12 @@ unsafe fn nibble_dot<S: Simd, const R: usize, const C: usize>(
             }
         }
     }
-    dot4_finishes::<S, R, C>(s, dot, init)
-}
-
-/// The same with nibbles unpacked to one byte each.
-#[inline(always)]
-unsafe fn small_dot<S: Simd, const R: usize, const C: usize>(
-    s: S,
-    t: &TileArgs,
-    block: usize,
-    x: *const u8,
-    init: [[S::I; C]; R],
-) -> [[S::I; C]; R] {
-    let mut dot = dot4_starts(s, &init);
-    for group in 0..8 {
-        let mut w = [s.splat_i(0); C];
+    for r in 0..R {
         for c in 0..C {
-            w[c] = s.load_i(t.weights[c].add(block * 512 + group * 64));
-        }
-        for r in 0..R {
-            let x = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
-            for c in 0..C {
-                dot[r][c] = s.dot4(dot[r][c], w[c], x);
-            }
+            init[r][c] = s.dot4_finish(dot[r][c], init[r][c]);
         }
     }
-    dot4_finishes::<S, R, C>(s, dot, init)
+    init
 }
 
 /// The same with stored bytes weight + 128.
