@@ -16,9 +16,10 @@ pub struct EngineConfig {
     /// KV blocks of the pool.
     pub num_blocks: usize,
     pub prefix_caching: bool,
-    /// Requests that may wait for their first step.
+    /// Requests that may wait for their first step. At most `max_num_seqs` more may be in flight: requests
+    /// that were preempted or whose reader is behind are bounded by this sum.
     pub max_queued_requests: usize,
-    /// Memory that waiting requests may hold.
+    /// Memory that the prompts and parameters of requests in flight may hold, waiting or not.
     pub max_queued_bytes: usize,
     /// Tokens that end a choice unless `ignore_eos` is set.
     pub eos_token_ids: Vec<u32>,

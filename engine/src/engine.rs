@@ -33,10 +33,24 @@ pub struct Engine {
     recorder: Recorder,
     num_steps: u64,
     stopping: bool,
-    /// Requests in flight with something to say.
+    /// Requests in flight with something to say, until it is said.
     touched: Vec<u64>,
     /// Outlets of ended requests, until their last events are out.
     departing: Vec<(Outlet, Option<RequestFailure>)>,
+}
+
+/// Bounds that the configuration decides, unless a test wants them tighter.
+pub(crate) struct Bounds {
+    /// Step messages that may wait in one stream before its request pauses.
+    pub(crate) stream_capacity: usize,
+    /// Rows of logits in one step; at least `max_num_seqs`, so that every decode has its row.
+    pub(crate) max_logits_rows: usize,
+}
+
+impl Bounds {
+    pub(crate) fn of(config: &EngineConfig) -> Self {
+        Self { stream_capacity: STREAM_CAPACITY, max_logits_rows: config.max_logits_rows() }
+    }
 }
 
 /// What a call of [`Engine::step`] came to.
@@ -69,27 +83,28 @@ impl Engine {
         config: EngineConfig,
         environment: Environment,
     ) -> (Self, EngineHandle) {
-        Self::with_stream_capacity(executor, config, environment, STREAM_CAPACITY)
+        let bounds = Bounds::of(&config);
+        Self::with_bounds(executor, config, environment, bounds)
     }
 
-    /// The same with another bound on the step messages that wait in a stream.
-    pub(crate) fn with_stream_capacity(
+    /// The same with bounds that do not follow from the configuration.
+    pub(crate) fn with_bounds(
         executor: Box<dyn Executor>,
         config: EngineConfig,
         environment: Environment,
-        stream_capacity: usize,
+        bounds: Bounds,
     ) -> (Self, EngineHandle) {
         config.assert_valid();
         let hasher = ChainHasher::new(environment.cache_secret, config.model_fingerprint, config.block_size);
         let limits = Limits {
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
-            max_logits_rows: config.max_logits_rows(),
+            max_logits_rows: bounds.max_logits_rows,
             block_size: config.block_size,
         };
         let scheduler = Scheduler::new(limits, BlockManager::new(&config, hasher.clone()));
         let recorder = Recorder::new(&config, environment.clock.now());
-        let shared = Arc::new(Shared::new(config, environment, stream_capacity));
+        let shared = Arc::new(Shared::new(config, environment, bounds.stream_capacity));
         let (sender, commands) = mpsc::channel();
         let handle = EngineHandle::new(shared.clone(), sender);
         let engine = Self {
@@ -137,8 +152,8 @@ impl Engine {
         }
     }
 
-    /// Ends every stream and counts what had not ended as failed. Looks at nothing that a panic may have left
-    /// half done.
+    /// Ends every stream, those of submissions not received and still to come too, and counts what had not
+    /// ended as failed. Looks at nothing that a panic may have left half done.
     pub(crate) fn fail_all(&mut self, failure: RequestFailure) {
         self.shared.publish(self.recorder.final_snapshot(failure.code));
         for (mut outlet, own_failure) in self.departing.drain(..) {
@@ -150,6 +165,8 @@ impl Engine {
             outlet.flush();
             outlet.end(Some(failure.clone()));
         }
+        // Takes the channel down: the submissions in it are dropped, and so is every later one.
+        self.commands = mpsc::channel().1;
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -254,7 +271,7 @@ impl Engine {
             let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
             if request.first_scheduled.is_none() {
                 request.first_scheduled = Some(now);
-                request.ticket = None;
+                request.ticket.leave_queue();
                 let cached_tokens = self.scheduler.get(key).and_then(|sequence| sequence.cached_tokens);
                 self.recorder.first_scheduled(request, cached_tokens.unwrap_or(0), now);
             }
@@ -402,11 +419,9 @@ impl Engine {
 
     /// Sends what the step brought. Never waits: what finds no room stays in its outlet.
     fn emit(&mut self) {
-        for serial in self.touched.drain(..) {
-            if let Some(request) = self.requests.get_mut(&serial) {
-                request.outlet.flush();
-            }
-        }
+        let requests = &mut self.requests;
+        // What finds no room is tried again in every step; the reader that makes room wakes the step thread.
+        self.touched.retain(|serial| requests.get_mut(serial).is_some_and(|request| !request.outlet.flush()));
         for (mut outlet, failure) in std::mem::take(&mut self.departing) {
             if outlet.flush() || outlet.is_closed() || failure.is_some() {
                 outlet.end(failure);

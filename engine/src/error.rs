@@ -27,7 +27,7 @@ pub enum SubmitError {
     /// It could never run: a 400.
     #[error(transparent)]
     Invalid(#[from] InvalidParam),
-    /// The queue is full, in requests or in bytes: a 503 with `Retry-After`.
+    /// As many requests wait or are in flight as may, or as many bytes: a 503 with `Retry-After`.
     #[error("the queue is full")]
     QueueFull,
     /// The worker is shutting down and takes nothing new: a 503.

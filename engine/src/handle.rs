@@ -70,16 +70,15 @@ impl EngineHandle {
 
     /// Takes a request or says why not; never blocks.
     pub fn submit(&self, request: Request) -> Result<RequestStream, SubmitError> {
-        // Seen by `is_drained`: a submission that passed the checks below is not overlooked.
-        let _entering = Entering::new(&self.shared.entering);
-        if self.state() != EngineState::Running {
-            return Err(SubmitError::Stopped);
-        }
+        // A drain may have ended in a stop; it is the drain that clients shall hear of.
         if self.shared.draining.load(Ordering::SeqCst) {
             return Err(SubmitError::Draining);
         }
+        if self.state() != EngineState::Running {
+            return Err(SubmitError::Stopped);
+        }
         request.validate(&self.shared.config)?;
-        let ticket = QueueTicket::take(&self.shared, request.queued_bytes()).ok_or(SubmitError::QueueFull)?;
+        let ticket = Ticket::take(&self.shared, request.held_bytes()).ok_or(SubmitError::QueueFull)?;
 
         let seed = request.params.seed.unwrap_or_else(|| self.shared.environment.seeds.draw());
         let serial = self.shared.submitted.fetch_add(1, Ordering::SeqCst);
@@ -109,13 +108,6 @@ impl EngineHandle {
     /// Refuses new requests from now on; those accepted run to their end.
     pub fn begin_drain(&self) {
         self.shared.draining.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether a drain has begun and nothing is in flight any more.
-    pub fn is_drained(&self) -> bool {
-        self.shared.draining.load(Ordering::SeqCst)
-            && self.shared.entering.load(Ordering::SeqCst) == 0
-            && self.snapshot().in_flight == 0
     }
 
     /// Fails everything in flight with a retryable 503, stops the step thread after its current step, and
@@ -171,7 +163,7 @@ pub(crate) struct SubmissionParts {
     pub(crate) serial: u64,
     pub(crate) seed: u64,
     pub(crate) outlet: Outlet,
-    pub(crate) ticket: QueueTicket,
+    pub(crate) ticket: Ticket,
 }
 
 impl Submission {
@@ -189,30 +181,45 @@ impl Drop for Submission {
     }
 }
 
-/// A request's place in the bounded queue; given back when its first step is scheduled, or when it ends
-/// before that.
-pub(crate) struct QueueTicket {
+/// A request's share of what is bounded: a place in the queue, given back when its first step is scheduled,
+/// and a place and bytes in flight, given back at its end.
+///
+/// The second place is for those that are in flight but do not run. A paused request makes way for newcomers,
+/// so slow readers would otherwise gather without end behind an empty queue.
+pub(crate) struct Ticket {
     shared: Arc<Shared>,
     bytes: usize,
+    is_queued: bool,
 }
 
-impl QueueTicket {
+impl Ticket {
     fn take(shared: &Arc<Shared>, bytes: usize) -> Option<Self> {
         // Taken first and checked after: two submissions at once may both be refused at the brink, never both
         // accepted.
-        let requests = shared.queued_requests.fetch_add(1, Ordering::SeqCst) + 1;
-        let total_bytes = shared.queued_bytes.fetch_add(bytes, Ordering::SeqCst).saturating_add(bytes);
-        let ticket = Self { shared: shared.clone(), bytes };
-        let fits =
-            requests <= shared.config.max_queued_requests && total_bytes <= shared.config.max_queued_bytes;
+        let queued = shared.queued_requests.fetch_add(1, Ordering::SeqCst) + 1;
+        let in_flight = shared.requests_in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+        let total_bytes = shared.bytes_in_flight.fetch_add(bytes, Ordering::SeqCst).saturating_add(bytes);
+        let ticket = Self { shared: shared.clone(), bytes, is_queued: true };
+        let config = &shared.config;
+        let fits = queued <= config.max_queued_requests
+            && in_flight <= config.max_num_seqs.saturating_add(config.max_queued_requests)
+            && total_bytes <= config.max_queued_bytes;
         fits.then_some(ticket)
+    }
+
+    /// The request's first step is scheduled.
+    pub(crate) fn leave_queue(&mut self) {
+        if std::mem::take(&mut self.is_queued) {
+            self.shared.queued_requests.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 }
 
-impl Drop for QueueTicket {
+impl Drop for Ticket {
     fn drop(&mut self) {
-        self.shared.queued_requests.fetch_sub(1, Ordering::SeqCst);
-        self.shared.queued_bytes.fetch_sub(self.bytes, Ordering::SeqCst);
+        self.leave_queue();
+        self.shared.requests_in_flight.fetch_sub(1, Ordering::SeqCst);
+        self.shared.bytes_in_flight.fetch_sub(self.bytes, Ordering::SeqCst);
     }
 }
 
@@ -231,8 +238,8 @@ pub(crate) struct Shared {
     submitted: AtomicU64,
     failed_unreceived: AtomicU64,
     queued_requests: AtomicUsize,
-    queued_bytes: AtomicUsize,
-    entering: AtomicUsize,
+    requests_in_flight: AtomicUsize,
+    bytes_in_flight: AtomicUsize,
     draining: AtomicBool,
     state: AtomicU8,
     start: Instant,
@@ -251,8 +258,8 @@ impl Shared {
             submitted: AtomicU64::new(0),
             failed_unreceived: AtomicU64::new(0),
             queued_requests: AtomicUsize::new(0),
-            queued_bytes: AtomicUsize::new(0),
-            entering: AtomicUsize::new(0),
+            requests_in_flight: AtomicUsize::new(0),
+            bytes_in_flight: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             state: AtomicU8::new(RUNNING),
             start,
@@ -297,29 +304,13 @@ fn drive(mut engine: Engine) {
             (RequestFailure::panicked(), FAILED)
         }
     };
-    // The state first: what is submitted from here on is refused, what got in before fails when the channel
-    // goes down.
-    shared.state.store(state, Ordering::SeqCst);
+    // The state last: whoever sees it finds every stream ended.
     engine.fail_all(failure);
+    shared.state.store(state, Ordering::SeqCst);
 }
 
 /// How long the idle step thread waits before it shows that it lives.
 const IDLE_TICK: Duration = Duration::from_millis(100);
-
-struct Entering<'a>(&'a AtomicUsize);
-
-impl<'a> Entering<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::SeqCst);
-        Self(count)
-    }
-}
-
-impl Drop for Entering<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
-}
 
 /// Every critical section is a plain move: a panic elsewhere leaves the value whole.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

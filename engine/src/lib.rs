@@ -44,7 +44,7 @@ mod testing;
 
 pub use config::EngineConfig;
 pub use engine::{Engine, StepStatus};
-pub use environment::{Clock, Environment, SeedSource, SystemClock, SystemSeeds};
+pub use environment::{Clock, Environment, FixedSeeds, SeedSource, SystemClock, SystemSeeds};
 pub use error::{ExecutorError, InvalidParam, RequestFailure, RowError, SubmitError};
 pub use executor::{Executor, SampledToken, StepOutput};
 pub use handle::{EngineHandle, EngineState, spawn, spawn_with};

@@ -27,6 +27,7 @@ impl Request {
     /// Refuses what could never run under `config`.
     pub(crate) fn validate(&self, config: &EngineConfig) -> Result<(), InvalidParam> {
         self.params.validate(config.vocab_size)?;
+        self.params.validate_candidates(config.vocab_size, &config.eos_token_ids)?;
         if self.prompt.is_empty() {
             return Err(InvalidParam::new("prompt", "must not be empty"));
         }
@@ -71,8 +72,8 @@ impl Request {
         Ok(())
     }
 
-    /// Memory that the request holds while it waits.
-    pub(crate) fn queued_bytes(&self) -> usize {
+    /// Memory that the request brings and holds to its end.
+    pub(crate) fn held_bytes(&self) -> usize {
         let params = &self.params;
         size_of::<Self>()
             + self.id.len()

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use crate::handle::{QueueTicket, SubmissionParts};
+use crate::handle::{SubmissionParts, Ticket};
 use crate::penalties::UsedTokens;
 use crate::sample_row::{Draw, NoiseKey};
 use crate::sampling_params::{GREEDY_BELOW, SamplingParams};
@@ -27,8 +27,7 @@ pub(crate) struct RequestState {
     pub(crate) prompt_top: usize,
     pub(crate) first_scheduled: Option<Instant>,
     pub(crate) prompt_computed: Option<Instant>,
-    /// Held until the first step.
-    pub(crate) ticket: Option<QueueTicket>,
+    pub(crate) ticket: Ticket,
     /// Banned tokens while `min_tokens` is not reached: with all tokens that would end the choice.
     banned_at_first: Vec<u32>,
     /// Tokens that end a choice silently.
@@ -80,7 +79,7 @@ impl RequestState {
             prompt_top: request.prompt_logprobs.unwrap_or(0),
             first_scheduled: None,
             prompt_computed: None,
-            ticket: Some(ticket),
+            ticket,
             banned_at_first,
             eos,
         };

@@ -94,15 +94,35 @@ impl SamplingParams {
         check(self.logit_bias.iter().all(|(_, bias)| bias.is_finite()), "logit_bias", "must be finite")?;
         check_ids(&self.banned_token_ids, vocab_size, "banned_token_ids")?;
         check_ids(&self.stop_token_ids, vocab_size, "stop_token_ids")?;
-        let Some(allowed) = &self.allowed_token_ids else { return Ok(()) };
-        check(!allowed.is_empty(), "allowed_token_ids", "must not be empty")?;
-        check_ids(allowed, vocab_size, "allowed_token_ids")?;
-        let banned: HashSet<u32> = self.banned_token_ids.iter().copied().collect();
-        check(
-            !allowed.iter().all(|token| banned.contains(token)),
-            "allowed_token_ids",
-            "must not all be banned",
-        )
+        if let Some(allowed) = &self.allowed_token_ids {
+            check(!allowed.is_empty(), "allowed_token_ids", "must not be empty")?;
+            check_ids(allowed, vocab_size, "allowed_token_ids")?;
+        }
+        self.validate_candidates(vocab_size, &[])
+    }
+
+    /// Refuses what leaves no token to draw, at any time or while `min_tokens` keeps the choice from ending.
+    pub(crate) fn validate_candidates(
+        &self,
+        vocab_size: usize,
+        eos_token_ids: &[u32],
+    ) -> Result<(), InvalidParam> {
+        let allowed = self.allowed_token_ids.as_deref();
+        let is_any_outside = |excluded: &HashSet<u32>| match allowed {
+            Some(allowed) => allowed.iter().any(|token| !excluded.contains(token)),
+            None => (0..vocab_size as u32).any(|token| !excluded.contains(&token)),
+        };
+        let param = if allowed.is_some() { "allowed_token_ids" } else { "banned_token_ids" };
+        let mut excluded: HashSet<u32> = self.banned_token_ids.iter().copied().collect();
+        check(is_any_outside(&excluded), param, "must leave a token that is not banned")?;
+        if self.min_tokens == 0 {
+            return Ok(());
+        }
+        excluded.extend(&self.stop_token_ids);
+        if !self.ignore_eos {
+            excluded.extend(eos_token_ids);
+        }
+        check(is_any_outside(&excluded), param, "must leave a token that does not stop, for min_tokens")
     }
 
     pub(crate) fn is_penalised(&self) -> bool {
@@ -159,6 +179,18 @@ mod tests {
                 p.allowed_token_ids = Some(vec![1, 2]);
                 p.banned_token_ids = vec![2, 1];
             }),
+            ("allowed_token_ids", |p| {
+                p.min_tokens = 1;
+                p.allowed_token_ids = Some(vec![1, 2]);
+                p.banned_token_ids = vec![2];
+                p.stop_token_ids = vec![1];
+            }),
+            ("banned_token_ids", |p| p.banned_token_ids = (0..8).collect()),
+            ("banned_token_ids", |p| {
+                p.min_tokens = 1;
+                p.banned_token_ids = (1..8).collect();
+                p.stop_token_ids = vec![0];
+            }),
             ("logprobs", |p| p.logprobs = Some(9)),
         ];
         for (field, edit) in cases {
@@ -166,5 +198,25 @@ mod tests {
             edit(&mut params);
             assert_eq!(params.validate(8).unwrap_err().param, field);
         }
+    }
+
+    #[test]
+    fn tokens_that_end_a_choice_do_not_count_while_min_tokens_keeps_it_open() {
+        let outcome = |min_tokens, ignore_eos, stop_token_ids| {
+            let allowed_token_ids = Some(vec![1, 2]);
+            let params = SamplingParams {
+                min_tokens,
+                ignore_eos,
+                stop_token_ids,
+                allowed_token_ids,
+                ..SamplingParams::default()
+            };
+            params.validate_candidates(8, &[1, 5]).map_err(|error| error.param)
+        };
+        assert_eq!(outcome(1, false, vec![2]), Err("allowed_token_ids"));
+        assert_eq!(outcome(1, true, vec![2, 1]), Err("allowed_token_ids"));
+        assert_eq!(outcome(1, true, vec![2]), Ok(()));
+        assert_eq!(outcome(1, false, vec![3]), Ok(()));
+        assert_eq!(outcome(0, false, vec![2, 1]), Ok(()));
     }
 }

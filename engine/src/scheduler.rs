@@ -3,7 +3,7 @@
 //! Continuous batching under a budget of tokens and sequences. Sequences are ordered by (priority,
 //! submission, choice), and memory follows that order strictly: who runs short of blocks takes them from the
 //! last in order, itself included. Decodes have their token of the budget first, the rest goes to prompts in
-//! order. A new sequence is admitted only while nobody was preempted in the same step and its whole prompt
+//! order, running and waiting ones alike. A new sequence is admitted only while nobody was preempted in the same step and its whole prompt
 //! fits with a block to spare for everyone running, and nobody overtakes it. So the first in order always
 //! advances, and nobody starves within a priority.
 //!
@@ -94,15 +94,15 @@ impl Scheduler {
             paused,
             schedule: Schedule::default(),
         };
-        for key in active {
+        let (decodes, prompts): (Vec<_>, Vec<_>) =
+            active.into_iter().partition(|key| self.sequences[key].is_decoding());
+        for key in decodes {
             // One further up may have taken its blocks.
-            if self.running.contains(&key) {
-                self.schedule_running(key, &mut pass);
+            if self.running.contains(&key) && self.secure_blocks(&key, 1, &mut pass) {
+                self.plan(key, 1, false, &mut pass);
             }
         }
-        if !pass.schedule.preempted {
-            self.admit(is_ready, &mut pass);
-        }
+        self.share_prompt_budget(prompts, is_ready, &mut pass);
         let mut schedule = pass.schedule;
         schedule.plan.block_size = self.limits.block_size as u32;
         schedule.plan.block_copies = self.blocks.copies().to_vec();
@@ -206,13 +206,35 @@ impl Scheduler {
         Ok(())
     }
 
-    fn schedule_running(&mut self, key: SequenceKey, pass: &mut Pass) {
+    /// Gives what the decodes left to prompts in order, whether they run already (`prompts`) or wait: a newcomer of a
+    /// better priority goes before a prompt that is half done.
+    fn share_prompt_budget(
+        &mut self,
+        prompts: Vec<SequenceKey>,
+        is_ready: impl Fn(&SequenceKey) -> bool,
+        pass: &mut Pass,
+    ) {
+        let mut newcomer = Bound::Unbounded;
+        let mut admits = !pass.schedule.preempted;
+        for key in prompts {
+            admits = admits && self.admit((newcomer, Bound::Excluded(key)), &is_ready, pass);
+            newcomer = Bound::Excluded(key);
+            // Preempted by a decode.
+            if self.running.contains(&key) {
+                self.continue_prompt(key, pass);
+            }
+        }
+        if admits {
+            self.admit((newcomer, Bound::Unbounded), &is_ready, pass);
+        }
+    }
+
+    /// The next chunk of a prompt, which has had its blocks since it was admitted.
+    fn continue_prompt(&mut self, key: SequenceKey, pass: &mut Pass) {
         let sequence = &self.sequences[&key];
-        let is_decoding = sequence.is_decoding();
-        let num_tokens =
-            if is_decoding { 1 } else { sequence.chunk_len(pass.prompt_tokens, pass.prompt_rows) };
-        if num_tokens > 0 && self.secure_blocks(&key, num_tokens, pass) {
-            self.plan(key, num_tokens, !is_decoding, pass);
+        let num_tokens = sequence.chunk_len(sequence.context_len, pass.prompt_tokens, pass.prompt_rows);
+        if num_tokens > 0 {
+            self.plan(key, num_tokens, true, pass);
         }
     }
 
@@ -265,33 +287,40 @@ impl Scheduler {
         pass.schedule.preempted = true;
     }
 
-    /// Takes waiting sequences in, in order, as long as they fit.
-    fn admit(&mut self, is_ready: impl Fn(&SequenceKey) -> bool, pass: &mut Pass) {
-        let mut seen = Bound::Unbounded;
-        while pass.prompt_tokens > 0 {
-            let Some(&key) = self.waiting.range((seen, Bound::Unbounded)).find(|key| is_ready(key)) else {
-                break;
-            };
+    /// Takes waiting sequences of a range in, in order, as long as they fit. False when one did not: whoever does not
+    /// fit is not overtaken.
+    fn admit(
+        &mut self,
+        range: (Bound<SequenceKey>, Bound<SequenceKey>),
+        is_ready: impl Fn(&SequenceKey) -> bool,
+        pass: &mut Pass,
+    ) -> bool {
+        let (mut seen, end) = range;
+        while let Some(&key) = self.waiting.range((seen, end)).find(|key| is_ready(key)) {
             seen = Bound::Excluded(key);
-            if self.sequences[&key].chunk_len(pass.prompt_tokens, pass.prompt_rows) == 0 {
-                break;
-            }
-            // Whoever does not fit is not overtaken. Paused sequences make way, if that helps.
-            let admission = loop {
+            // Paused sequences make way, if that helps.
+            let (admission, num_tokens) = loop {
                 let admission = self.look(&key);
+                // What the cache leaves of a prompt may be one token, which needs a row when all are given.
+                let context_len = admission.hits.len() * self.limits.block_size;
+                let num_tokens =
+                    self.sequences[&key].chunk_len(context_len, pass.prompt_tokens, pass.prompt_rows);
+                if num_tokens == 0 {
+                    return false;
+                }
                 if admission.missing_places == 0 && admission.missing_blocks == 0 {
-                    break admission;
+                    break (admission, num_tokens);
                 }
                 if !self.paused_cover(&pass.paused, &admission) {
-                    return;
+                    return false;
                 }
                 let victim = pass.paused.pop().expect("nobody covers nothing");
                 self.preempt(&victim, pass);
             };
             self.take_in(&key, admission);
-            let num_tokens = self.sequences[&key].chunk_len(pass.prompt_tokens, pass.prompt_rows);
             self.plan(key, num_tokens, true, pass);
         }
+        true
     }
 
     /// What a waiting sequence would get and what it would lack.

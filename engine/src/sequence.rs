@@ -61,16 +61,16 @@ impl Sequence {
         target < self.prompt_len && self.num_scored.is_some_and(|scored| target >= scored)
     }
 
-    /// The most query tokens within both limits.
-    pub(crate) fn chunk_len(&self, max_tokens: usize, max_rows: usize) -> usize {
-        let most = self.num_uncomputed().min(max_tokens);
+    /// The most query tokens within both limits, if `context_len` tokens are computed.
+    pub(crate) fn chunk_len(&self, context_len: usize, max_tokens: usize, max_rows: usize) -> usize {
+        let most = (self.tokens.len() - context_len).min(max_tokens);
         if !self.is_being_scored() {
-            let wants_row = self.wants_logits(self.context_len + most.saturating_sub(1));
+            let wants_row = self.wants_logits(context_len + most.saturating_sub(1));
             return if wants_row && max_rows == 0 { most.saturating_sub(1) } else { most };
         }
         let mut rows = 0;
         for len in 0..most {
-            rows += usize::from(self.wants_logits(self.context_len + len));
+            rows += usize::from(self.wants_logits(context_len + len));
             if rows > max_rows {
                 return len;
             }
@@ -111,11 +111,16 @@ mod tests {
 
     #[test]
     fn chunks_keep_to_tokens_and_rows() {
-        assert_eq!(sequence(100, 0, None).chunk_len(30, 0), 30);
-        assert_eq!(sequence(100, 80, None).chunk_len(30, 1), 20);
-        assert_eq!(sequence(100, 80, None).chunk_len(30, 0), 19, "the last token needs a row");
-        assert_eq!(sequence(100, 0, Some(1)).chunk_len(64, 10), 10);
-        assert_eq!(sequence(100, 0, Some(51)).chunk_len(64, 10), 60, "the first 50 positions need no rows");
-        assert_eq!(sequence(100, 0, None).chunk_len(0, 10), 0);
+        assert_eq!(sequence(100, 0, None).chunk_len(0, 30, 0), 30);
+        assert_eq!(sequence(100, 0, None).chunk_len(80, 30, 1), 20);
+        assert_eq!(sequence(100, 0, None).chunk_len(80, 30, 0), 19, "the last token needs a row");
+        assert_eq!(sequence(100, 0, None).chunk_len(99, 30, 0), 0);
+        assert_eq!(sequence(100, 0, Some(1)).chunk_len(0, 64, 10), 10);
+        assert_eq!(
+            sequence(100, 0, Some(51)).chunk_len(0, 64, 10),
+            60,
+            "the first 50 positions need no rows"
+        );
+        assert_eq!(sequence(100, 0, None).chunk_len(0, 0, 10), 0);
     }
 }

@@ -1,10 +1,10 @@
 //! The way out: events of one request, from the step thread to whoever reads them.
 //!
 //! Each step sends at most one message per request. The channel is bounded; the engine looks for room before
-//! it schedules a request, so sending never waits and never fails for want of room in the ordinary course.
-//! What could not be sent stays in the outlet's `unsent` until the reader makes room. A reader that makes
-//! room, or goes away, wakes the step thread by a command. A failure needs no room at all: it is left beside
-//! the channel and read once the channel has closed.
+//! it schedules a request, so sending never waits and what a step draws is never kept back. Only the end of a
+//! choice, which the reader itself asked for, may find no room: it stays in the outlet's `unsent` and leaves
+//! with the next message. A reader that makes room, or goes away, wakes the step thread by a command. A failure
+//! needs no room at all: it is left beside the channel and read once the channel has closed.
 
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, OnceLock, mpsc as std_mpsc};
@@ -167,18 +167,12 @@ impl Outlet {
         if self.unsent.is_empty() {
             return true;
         }
-        if !self.has_channel_room() {
+        if !self.has_room() {
             return false;
         }
         // An error means that the reader is gone; its cancellation is on the way.
         let _ = self.sender.try_send(std::mem::take(&mut self.unsent));
         true
-    }
-
-    /// Whether the events of one more step can be taken. When not, the reader wakes the step thread once it
-    /// has read.
-    pub(crate) fn has_room(&self) -> bool {
-        self.unsent.is_empty() && self.has_channel_room()
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -194,7 +188,10 @@ impl Outlet {
         }
     }
 
-    fn has_channel_room(&self) -> bool {
+    /// Whether the events of one more step can be sent, with those that wait already. When not, the reader
+    /// wakes the step thread once it has read.
+    pub(crate) fn has_room(&self) -> bool {
+        // Only the step thread sends: room seen before a step is there after it.
         if self.sender.capacity() > 0 {
             return true;
         }

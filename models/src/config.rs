@@ -7,6 +7,7 @@
 use crate::error::ModelError;
 use crate::rope::{RopeConfig, RopeScaling};
 use tandem_kernels::DType;
+use tandem_kernels::cpu::{MAX_GROUP, MAX_HEAD_DIM};
 
 /// A decoder of the Llama family. Differences between models of the family are data here, not code elsewhere.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,7 +87,6 @@ const MAX_HIDDEN: usize = 1 << 18;
 const MAX_INTERMEDIATE: usize = 1 << 21;
 const MAX_LAYERS: usize = 1024;
 const MAX_HEADS: usize = 4096;
-const MAX_HEAD_DIM: usize = 1024;
 const MAX_VOCAB: usize = 1 << 22;
 const MAX_POSITIONS: usize = 1 << 27;
 const MAX_EOS_TOKENS: usize = 64;
@@ -133,6 +133,11 @@ impl ModelConfig {
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             let (kv, heads) = (self.num_kv_heads, self.num_heads);
             return refuse(names.num_kv_heads, format!("{kv} does not divide {}, {heads}", names.num_heads));
+        }
+        if self.group_size() > MAX_GROUP {
+            let reason =
+                format!("{} query heads share a KV head, the limit is {MAX_GROUP}", self.group_size());
+            return refuse(names.num_kv_heads, reason);
         }
         if !self.head_dim.is_multiple_of(2) {
             return refuse(names.head_dim, format!("{} is odd", self.head_dim));

@@ -6,6 +6,8 @@ pub mod server;
 
 use std::path::{Path, PathBuf};
 
+use tandem_kernels::Isa;
+
 /// The default model's file in the cache folder.
 ///
 /// # Panics
@@ -19,6 +21,18 @@ pub fn default_model() -> PathBuf {
     let path = cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.is_file(), "the default model is not in the cache: run `make model`");
     path
+}
+
+/// The instruction sets that this machine has.
+///
+/// # Panics
+/// In CI, if one is missing: a test that says nothing of an instruction set must not pass there.
+pub fn instruction_sets() -> Vec<Isa> {
+    let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    let available: Vec<Isa> = all.into_iter().filter(|isa| isa.is_available()).collect();
+    let in_ci = std::env::var("CI").is_ok_and(|value| value == "true");
+    assert!(!in_ci || available == all, "this machine has {available:?} only");
+    available
 }
 
 /// A file or folder of the reference data.

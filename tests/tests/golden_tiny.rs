@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 use tandem_kernels::cpu::{BLOCK_SIZE, Cpu, CpuOptions, KvCache};
 use tandem_kernels::{Activations, DType, Isa, KvDType};
 use tandem_models::{ForwardBatch, Llama, LlamaOptions, ModelConfig, RopeScaling};
-use tandem_tests::golden_path;
+use tandem_tests::{golden_path, instruction_sets};
 
 const MODELS: [&str; 4] = ["tiny-tp8", "tiny-llama31", "tiny-bias", "tiny-mha-f16"];
 const TOLERANCE: f32 = 2e-3;
@@ -81,16 +81,12 @@ fn with_frequencies_rounded_to(dtype: DType, mut config: ModelConfig) -> ModelCo
     config
 }
 
-fn isas() -> impl Iterator<Item = Isa> {
-    [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|&isa| isa.is_available())
-}
-
 #[test]
 fn every_logit_is_that_of_the_reference() {
     for model in MODELS {
         let reference = reference(model);
         assert_eq!(reference.ids.len(), 200);
-        for isa in isas() {
+        for isa in instruction_sets() {
             let whole = logits(model, isa, 200, &reference.ids);
             assert_eq!(whole.len(), reference.logits.len());
             let worst = whole.iter().zip(&reference.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

@@ -6,10 +6,10 @@
 use std::path::PathBuf;
 
 use tandem_engine::{
-    Activations, DType, EngineHandle, EngineOptions, Isa, LoadFormat, ModelOptions, Request, SamplingParams,
+    Activations, DType, EngineHandle, EngineOptions, LoadFormat, ModelOptions, Request, SamplingParams,
 };
-use tandem_tests::default_model;
 use tandem_tests::engine::{Answer, answer, collect, greedy, model, request, small, start};
+use tandem_tests::{default_model, instruction_sets};
 
 /// Models under test: the real one, and random weights of several types in a shape that no tile divides.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -223,7 +223,7 @@ fn the_number_of_threads_changes_nothing() {
 
 #[test]
 fn every_instruction_set_is_invariant_on_its_own() {
-    for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available()) {
+    for isa in instruction_sets() {
         for subject in DUMMIES {
             let options = ModelOptions { isa: Some(isa), ..subject.options() };
             let engine = start(&options, &EngineOptions { prefix_caching: false, ..small() });

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::config::EngineConfig;
-use crate::engine::Engine;
+use crate::engine::{Bounds, Engine};
 use crate::request::Request;
 use crate::sampling_params::SamplingParams;
 use crate::snapshot::Snapshot;
@@ -91,12 +91,15 @@ fn run(seed: u64) -> Snapshot {
     let mut rng = Rng(seed);
     let config = random_config(&mut rng);
     let (environment, clock) = environment();
-    let (executor, faults) = FakeExecutor::new(&config);
+    let bounds = Bounds {
+        stream_capacity: rng.pick(&[2, 5, 1000]),
+        // From one for each decode, so that scored prompts use up the rows before the tokens, to plenty.
+        max_logits_rows: config.max_num_seqs + rng.pick(&[0, 1, 10, 1000]),
+    };
+    let (executor, faults) = FakeExecutor::with_logits_rows(&config, bounds.max_logits_rows);
     let oracle = Oracle { bad_token: rng.once_in(4).then_some(30) };
     faults.bad_token.store(oracle.bad_token.unwrap_or(0).into(), Ordering::Relaxed);
-    let stream_capacity = rng.pick(&[2, 5, 1000]);
-    let (mut engine, handle) =
-        Engine::with_stream_capacity(executor, config.clone(), environment, stream_capacity);
+    let (mut engine, handle) = Engine::with_bounds(executor, config.clone(), environment, bounds);
 
     let mut clients: Vec<(Client, Behaviour)> = Vec::new();
     let num_clients = 1 + rng.below(14);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::{Engine, StepStatus};
+use super::{Bounds, Engine, StepStatus};
 use crate::config::EngineConfig;
 use crate::environment::Clock;
 use crate::error::{InvalidParam, RequestFailure, SubmitError};
@@ -12,7 +12,7 @@ use crate::handle::EngineHandle;
 use crate::request::Request;
 use crate::stream::FinishReason;
 use crate::testing::{
-    Client, FakeExecutor, Faults, ManualClock, Oracle, Outcome, config, environment, request,
+    Client, EOS, FakeExecutor, Faults, ManualClock, Oracle, Outcome, config, environment, request,
 };
 
 struct Bench {
@@ -32,7 +32,8 @@ impl Bench {
     fn with_stream_capacity(config: EngineConfig, capacity: usize) -> Self {
         let (environment, clock) = environment();
         let (executor, faults) = FakeExecutor::new(&config);
-        let (engine, handle) = Engine::with_stream_capacity(executor, config, environment, capacity);
+        let bounds = Bounds { stream_capacity: capacity, ..Bounds::of(&config) };
+        let (engine, handle) = Engine::with_bounds(executor, config, environment, bounds);
         Self { engine, handle, faults, clock }
     }
 
@@ -96,6 +97,11 @@ fn what_can_never_run_is_refused_by_name() {
     assert_eq!(param(request(0, 40, 2)), "max_tokens");
     assert_eq!(param(with_n(9, request(0, 4, 4))), "n");
     assert_eq!(param(Request { prompt: vec![40], ..request(0, 4, 4) }), "prompt");
+    let mut endless = request(0, 4, 4);
+    endless.params.allowed_token_ids = Some(vec![EOS]);
+    endless.params.min_tokens = 1;
+    endless.params.ignore_eos = false;
+    assert_eq!(param(endless), "allowed_token_ids");
     let snapshot = bench.handle.snapshot();
     assert_eq!((snapshot.admitted, snapshot.waiting), (0, 0), "a refusal is not counted");
     // The last token's KV is never stored: this fills the pool exactly.
@@ -127,6 +133,23 @@ fn a_scored_prompt_is_cut_to_the_rows_of_a_step() {
     bench.finish(&mut [&mut client]);
     client.check(&PLAIN);
     assert_eq!(bench.handle.snapshot().chunk_sizes.iter().copied().collect::<Vec<_>>(), [88, 256]);
+}
+
+#[test]
+fn a_cached_prompt_waits_while_a_scored_one_takes_all_rows() {
+    let wide = EngineConfig { max_model_len: 600, num_blocks: 400, max_num_batched_tokens: 512, ..config() };
+    let mut bench = Bench::new(wide);
+    let mut first = bench.submit(request(5, 97, 1));
+    bench.finish(&mut [&mut first]);
+    let mut scored = bench.submit(Request { prompt_logprobs: Some(1), ..request(1, 400, 0) });
+    // All but its last token is cached, and that one needs a row. The step has tokens left, but no row.
+    let mut cached = bench.submit(request(5, 97, 1));
+    bench.step();
+    let snapshot = bench.handle.snapshot();
+    assert_eq!((snapshot.running, snapshot.waiting), (1, 1));
+    bench.finish(&mut [&mut scored, &mut cached]);
+    assert_eq!(cached.started.as_ref().unwrap().0, 96);
+    [&first, &scored, &cached].into_iter().for_each(|client| client.check(&PLAIN));
 }
 
 #[test]
@@ -179,100 +202,6 @@ fn preempted_requests_go_on_where_they_stopped() {
     clients.iter().for_each(|client| client.check(&PLAIN));
     assert!(bench.handle.snapshot().preemptions > 3);
     assert!(clients.iter().all(|client| client.outcome == Outcome::Completed));
-}
-
-#[test]
-fn a_client_that_leaves_frees_everything_within_two_steps() {
-    // Queued, in the middle of its prompt, decoding, paused, preempted.
-    let mut bench =
-        Bench::with_stream_capacity(EngineConfig { max_num_seqs: 2, num_blocks: 100, ..config() }, 3);
-    let mut prefilling = bench.submit(request(1, 100, 8));
-    let mut queued = bench.submit(request(2, 100, 8));
-    let mut unreceived = bench.submit(request(3, 10, 8));
-    bench.step();
-    unreceived.leave();
-    bench.step();
-    assert_eq!(bench.handle.snapshot().cancelled, 1);
-    for client in [&mut queued, &mut prefilling] {
-        assert!(client.started.is_none());
-        client.leave();
-    }
-    bench.step();
-    assert_eq!(bench.handle.snapshot().in_flight, 0);
-    assert!(bench.all_blocks_are_back());
-
-    let mut decoding = bench.submit(with_n(2, request(1, 10, 50)));
-    bench.step();
-    decoding.read();
-    bench.step();
-    decoding.read();
-    assert_eq!(decoding.num_tokens(), 4);
-    decoding.leave();
-    bench.step();
-    assert_eq!(bench.handle.snapshot().in_flight, 0);
-
-    let mut paused = bench.submit(request(1, 10, 50));
-    bench.steps(3);
-    assert_eq!(bench.step(), StepStatus::Idle, "nobody reads");
-    assert_eq!(bench.handle.snapshot().running, 1);
-    paused.leave();
-    bench.step();
-    let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.in_flight, snapshot.cancelled, snapshot.admitted), (0, 5, 5));
-    assert!(bench.all_blocks_are_back());
-}
-
-#[test]
-fn a_slow_reader_holds_up_nobody_and_loses_nothing() {
-    let mut bench = Bench::with_stream_capacity(config(), 4);
-    let mut slow = bench.submit(request(1, 10, 60));
-    let mut quick = bench.submit(request(2, 10, 60));
-    bench.finish(&mut [&mut quick]);
-    assert_eq!(bench.handle.snapshot().generation_tokens, 64, "four of the slow one's, all of the other's");
-    bench.finish(&mut [&mut slow]);
-    slow.check(&PLAIN);
-    quick.check(&PLAIN);
-}
-
-#[test]
-fn a_last_message_waits_for_its_reader() {
-    let mut bench = Bench::with_stream_capacity(config(), 2);
-    let mut client = bench.submit(request(1, 10, 9));
-    bench.steps(4);
-    client.finish_choice(0);
-    bench.step();
-    let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.completed_stop, snapshot.in_flight), (1, 0));
-    bench.finish(&mut [&mut client]);
-    assert_eq!(client.choices[0].finish, Some(FinishReason::Stop(None)));
-    assert_eq!(client.num_tokens(), 2);
-}
-
-#[test]
-fn a_stop_string_ends_its_choice_only() {
-    let mut bench = Bench::new(config());
-    let mut client = bench.submit(with_n(2, request(1, 10, 30)));
-    bench.steps(5);
-    client.read();
-    client.finish_choice(1);
-    client.finish_choice(1);
-    client.finish_choice(7);
-    bench.finish(&mut [&mut client]);
-    client.check(&PLAIN);
-    assert_eq!(client.choices[1].finish, Some(FinishReason::Stop(None)));
-    assert_eq!((client.choices[0].tokens.len(), client.choices[1].tokens.len()), (30, 5));
-    let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.completed_stop, snapshot.completed_length), (0, 1));
-
-    // Ending the last choice and going away is a completion, not a cancellation.
-    let mut client = bench.submit(request(1, 10, 30));
-    bench.step();
-    client.read();
-    client.finish_choice(0);
-    client.leave();
-    bench.step();
-    let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.completed_stop, snapshot.cancelled), (1, 0));
 }
 
 #[test]
@@ -364,7 +293,7 @@ fn the_queue_is_bounded_in_requests_and_bytes() {
     clients.push(bench.submit(request(6, 10, 2)));
     bench.finish(&mut clients.iter_mut().collect::<Vec<_>>());
 
-    let bytes = request(0, 100, 2).queued_bytes();
+    let bytes = request(0, 100, 2).held_bytes();
     let bench = Bench::new(EngineConfig { max_queued_bytes: 2 * bytes, ..config() });
     let _clients: Vec<Client> = (0..2).map(|_| bench.submit(request(0, 100, 2))).collect();
     assert_eq!(bench.refusal(request(0, 1, 2)), SubmitError::QueueFull);
@@ -408,3 +337,5 @@ fn latencies_and_rates_are_those_of_the_clock() {
     bench.step();
     assert_eq!(bench.handle.snapshot().tokens_per_second, 0.0);
 }
+
+mod readers;

@@ -68,6 +68,13 @@ pub(super) fn plan(
     let budget = options
         .kv_cache_memory_bytes
         .unwrap_or_else(|| DEFAULT_KV_BYTES.min(free_bytes / DEFAULT_KV_SHARE_OF_FREE));
+    let kv_bytes = budget.min(most_useful.saturating_mul(block_bytes));
+    if kv_bytes > free_bytes {
+        let reason = format!(
+            "{kv_bytes} bytes would be used, {free_bytes} are free: lower it, max-num-seqs or max-model-len"
+        );
+        return refuse("kv-cache-memory-bytes", reason);
+    }
     let num_blocks = (budget / block_bytes).min(most_useful).min(i32::MAX as u64) as usize;
     if num_blocks == 0 {
         let reason =
@@ -159,6 +166,18 @@ mod tests {
         assert_eq!(plan_with(&options, 4 * 13 * BLOCK_BYTES).unwrap().max_model_len, 200);
         let error = plan_with(&options, 4 * 12 * BLOCK_BYTES).unwrap_err();
         assert!(matches!(error, LoadError::Option { option: "max-model-len", .. }), "{error}");
+    }
+
+    #[test]
+    fn a_pool_beyond_the_free_memory_is_refused() {
+        let free = 100 * BLOCK_BYTES;
+        let with = |bytes| EngineOptions { kv_cache_memory_bytes: Some(bytes), ..EngineOptions::default() };
+        assert_eq!(plan_with(&with(free), free).unwrap().num_blocks, 100);
+        let error = plan_with(&with(free + BLOCK_BYTES), free).unwrap_err();
+        assert!(matches!(error, LoadError::Option { option: "kv-cache-memory-bytes", .. }), "{error}");
+        // What no sequence could use is not taken, so it need not be there.
+        let few = EngineOptions { max_num_seqs: 1, max_num_batched_tokens: 1, ..with(1 << 50) };
+        assert_eq!(plan_with(&few, 100 * BLOCK_BYTES).unwrap().num_blocks, 63);
     }
 
     #[test]

@@ -65,6 +65,18 @@ fn decodes_have_their_token_before_prompts_share_the_rest() {
 }
 
 #[test]
+fn a_better_priority_goes_before_a_prompt_that_is_half_done() {
+    let mut scheduler = scheduler(100, 8, 10);
+    add(&mut scheduler, 0, 0, 30);
+    assert_eq!(step(&mut scheduler), [(0, 10)]);
+    add(&mut scheduler, 0, 1, 4);
+    add(&mut scheduler, -1, 2, 6);
+    assert_eq!(step(&mut scheduler), [(2, 6), (0, 4)]);
+    assert_eq!(step(&mut scheduler), [(2, 1), (0, 9)]);
+    assert_eq!(step(&mut scheduler), [(2, 1), (0, 7), (1, 2)]);
+}
+
+#[test]
 fn lower_priorities_go_first_and_equals_in_order() {
     let mut scheduler = scheduler(100, 2, 100);
     for (serial, priority) in [(0, 5), (1, 0), (2, 0), (3, -1)] {

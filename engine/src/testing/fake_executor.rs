@@ -33,6 +33,7 @@ pub(crate) struct Faults {
 
 pub(crate) struct FakeExecutor {
     config: EngineConfig,
+    max_logits_rows: usize,
     /// (position, token) by slot; `None` is NaN.
     slots: Vec<Option<(u32, u32)>>,
     faults: Arc<Faults>,
@@ -40,10 +41,18 @@ pub(crate) struct FakeExecutor {
 
 impl FakeExecutor {
     pub(crate) fn new(config: &EngineConfig) -> (Box<Self>, Arc<Faults>) {
+        Self::with_logits_rows(config, config.max_logits_rows())
+    }
+
+    /// One that is told how many rows of logits a step may ask for.
+    pub(crate) fn with_logits_rows(
+        config: &EngineConfig,
+        max_logits_rows: usize,
+    ) -> (Box<Self>, Arc<Faults>) {
         let faults = Arc::new(Faults::default());
         // Fresh memory looks like somebody's KV until it is poisoned.
         let slots = vec![Some((0, 7)); config.num_blocks * config.block_size];
-        (Box::new(Self { config: config.clone(), slots, faults: faults.clone() }), faults)
+        (Box::new(Self { config: config.clone(), max_logits_rows, slots, faults: faults.clone() }), faults)
     }
 
     fn check_plan(&self, plan: &StepPlan) {
@@ -51,7 +60,7 @@ impl FakeExecutor {
         assert!(!plan.sequences.is_empty());
         assert!(plan.sequences.len() <= config.max_num_seqs);
         assert!(plan.num_tokens() <= config.max_num_batched_tokens);
-        assert!(plan.num_logits_rows() <= config.max_num_seqs.max(256));
+        assert!(plan.num_logits_rows() <= self.max_logits_rows);
         assert_eq!(plan.digest(), plan.clone().digest());
         let sources: HashSet<u32> = plan.block_copies.iter().map(|copy| copy.source).collect();
         let destinations: HashSet<u32> = plan.block_copies.iter().map(|copy| copy.destination).collect();

@@ -21,8 +21,8 @@ use crate::{KernelError, KvDType};
 /// Tokens in a block.
 pub const BLOCK_SIZE: usize = 16;
 
-/// Bounds the scratch memory of attention.
-pub(crate) const MAX_HEAD_DIM: usize = 512;
+/// The widest head that attention takes; bounds its scratch memory.
+pub const MAX_HEAD_DIM: usize = 512;
 
 /// Geometry of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

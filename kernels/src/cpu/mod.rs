@@ -9,7 +9,9 @@
 //!
 //! # Threads
 //! [`Cpu`] is `Send` but not `Sync`: the step thread owns it, calls operations one after another and is worker 0 of
-//! each. Operations never allocate; scratch memory per worker is reserved when the backend starts.
+//! each. Scratch memory per worker is reserved when the backend starts, and operations do not
+//! allocate, with one exception: the partial results of a long context whose spans are shared out grow with the longest
+//! context seen.
 
 // An unsafe function lists its caller's duties; saying them again line by line inside would hide the arithmetic.
 #![allow(unsafe_op_in_unsafe_fn)]
@@ -36,11 +38,11 @@ mod threads;
 use std::cell::RefCell;
 
 pub use activation::Activation;
-pub use attention::AttentionBatch;
+pub use attention::{AttentionBatch, MAX_GROUP};
 pub use buffer::Buffer;
-pub use kv_cache::{BLOCK_SIZE, KvCache, KvCacheConfig};
+pub use kv_cache::{BLOCK_SIZE, KvCache, KvCacheConfig, MAX_HEAD_DIM};
 pub use linear::Epilogue;
-pub use pack::{Layout, Linear, LinearSpec, Part, SegmentPlan};
+pub use pack::{Layout, Linear, LinearSpec, MAX_SEGMENTS, Part, SegmentPlan};
 pub use rope::Rope;
 pub use threads::default_threads;
 

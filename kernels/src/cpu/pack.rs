@@ -29,8 +29,8 @@ use crate::{Activations, DType, KernelError, Matrix};
 /// Output rows of a panel: the lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
-/// More than any model's KV heads, which bound the segments.
-pub(crate) const MAX_SEGMENTS: usize = 128;
+/// The most segments of a [`SegmentPlan`].
+pub const MAX_SEGMENTS: usize = 128;
 
 /// Rows of one matrix that become rows of a linear layer. Parts are concatenated along the output.
 #[derive(Clone)]

@@ -160,6 +160,8 @@ fn impossible_sizes_are_refused_by_field() {
             assert!(named, "{field} = {value}: {refusal}");
         }
     }
+    let shared = refusal(r#"{"num_attention_heads": 256, "num_key_value_heads": 1, "hidden_size": 1024}"#);
+    assert!(shared.contains("256 query heads share a KV head"), "{shared}");
     assert!(refusal(r#"{"num_key_value_heads": 3}"#).contains("3 does not divide num_attention_heads, 4"));
     assert!(refusal(r#"{"head_dim": 7}"#).contains("head_dim: 7 is odd"));
     assert!(refusal(r#"{"hidden_size": 66}"#).contains("4 does not divide hidden_size, 66"));

@@ -1,6 +1,8 @@
 //! From tensors by name to packed weights.
 
-use tandem_kernels::cpu::{Activation, Buffer, Cpu, Layout, Linear, LinearSpec, Part, Rope, SegmentPlan};
+use tandem_kernels::cpu::{
+    Activation, Buffer, Cpu, Layout, Linear, LinearSpec, MAX_SEGMENTS, Part, Rope, SegmentPlan,
+};
 use tandem_kernels::{Activations, KernelError};
 
 use super::{Layer, Llama, LlamaOptions, Workspace};
@@ -39,14 +41,16 @@ impl Llama {
 }
 
 /// `G`: into how many segments the inputs of row-parallel layers are split, so that every tensor-parallel size that
-/// divides `G` adds in the same order: `gcd(K, I / 32, H · D / 32)`, or 1 where these are not whole.
+/// divides `G` adds in the same order: `gcd(K, I / 32, H · D / 32)`, or 1 where these are not whole. Where that is more than
+/// the kernels take, its largest divisor that they do.
 fn row_parallel_segments(config: &ModelConfig) -> usize {
     const UNIT: usize = 32;
     let (intermediate, query) = (config.intermediate_size, config.query_size());
     if !intermediate.is_multiple_of(UNIT) || !query.is_multiple_of(UNIT) {
         return 1;
     }
-    gcd(config.num_kv_heads, gcd(intermediate / UNIT, query / UNIT))
+    let common = gcd(config.num_kv_heads, gcd(intermediate / UNIT, query / UNIT));
+    (1..=common.min(MAX_SEGMENTS)).rev().find(|&count| common.is_multiple_of(count)).unwrap_or(1)
 }
 
 fn gcd(a: usize, b: usize) -> usize {

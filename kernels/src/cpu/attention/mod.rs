@@ -33,8 +33,8 @@ pub(crate) const SPAN: usize = 256;
 /// Rows (query tokens × heads of the group) that share loads of keys and values.
 const TILE_ROWS: usize = 12;
 
-/// Query heads per KV head; bounds the scratch of a tile.
-const MAX_GROUP: usize = 128;
+/// The most query heads per KV head that attention takes; bounds the scratch memory of a tile.
+pub const MAX_GROUP: usize = 128;
 
 /// Scores times output width below which the caller is done before a worker would have started (about 2 µs).
 const WORTH_A_FORK: usize = 96 * 1024;
