@@ -83,6 +83,13 @@ impl Draining {
         self.finish(signals).await;
     }
 
+    /// After the engine has failed: what ran has its errors, which still have to leave. Returns when the process may
+    /// exit.
+    pub(super) async fn fail(self, signals: &mut Signals) {
+        self.lifecycle.set_with_reason(Phase::Failed, "the engine stopped");
+        self.finish(signals).await;
+    }
+
     /// Whether everything ended in time.
     async fn wait(&self) -> bool {
         sleep(ACCEPT_MORE).await;
@@ -114,5 +121,52 @@ impl Draining {
 
     fn is_idle(&self) -> bool {
         self.lifecycle.in_flight() == 0 && self.engine.snapshot().in_flight == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tandem_engine::{
+        EngineConfig, EngineState, Executor, ExecutorError, SampleRow, StepOutput, StepPlan,
+    };
+
+    use super::*;
+
+    /// Never asked to compute.
+    struct Unused;
+
+    impl Executor for Unused {
+        fn run(&mut self, _: &StepPlan, _: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
+            unreachable!("no request was made")
+        }
+
+        fn abort(&mut self) {}
+
+        fn poison_blocks(&mut self, _: &[u32]) {}
+    }
+
+    #[tokio::test]
+    async fn after_a_failure_the_last_bytes_may_leave() {
+        let lifecycle = Lifecycle::new();
+        let (stop, mut stopped) = watch::channel(false);
+        let (phase, left) = (lifecycle.clone(), Arc::new(AtomicBool::new(false)));
+        let all_left = left.clone();
+        let http = tokio::spawn(async move {
+            stopped.wait_for(|stop| *stop).await.expect("the sender lives until all is closed");
+            assert_eq!(phase.phase(), Phase::Failed, "requests are refused before the listeners close");
+            sleep(Duration::from_millis(50)).await;
+            all_left.store(true, Ordering::SeqCst);
+            Ok(())
+        });
+        let config =
+            EngineConfig { vocab_size: 8, max_model_len: 16, num_blocks: 4, ..EngineConfig::default() };
+        let engine = tandem_engine::spawn(Box::new(Unused), config);
+        let draining = Draining { lifecycle, engine: engine.clone(), stop, http, limit: Duration::ZERO };
+        draining.fail(&mut Signals::install().unwrap()).await;
+        assert!(left.load(Ordering::SeqCst));
+        assert_eq!(engine.state(), EngineState::Stopped);
     }
 }

@@ -214,7 +214,7 @@ impl Session<'_> {
             temperature: config.temperature.or(own.temperature).unwrap_or(1.0),
             top_p: config.top_p.or(own.top_p).unwrap_or(1.0),
             top_k: config.top_k.or(own.top_k).unwrap_or(0),
-            min_p: config.min_p,
+            min_p: config.min_p.or(own.min_p).unwrap_or(0.0),
             repetition_penalty: config.repetition_penalty.or(own.repetition_penalty).unwrap_or(1.0),
             seed: config.common.seed,
             ..SamplingParams::default()

@@ -73,16 +73,16 @@ async fn run(config: ServeConfig, started: Instant, signals: &mut Signals) -> Re
     terminal::print(&text);
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "ready");
 
-    tokio::select! {
-        cause = signals.next() => match cause {
-            Cause::Interrupt => tracing::info!("interrupted"),
-            Cause::Terminate => {
-                let limit = config.shutdown_timeout;
-                Draining { lifecycle, engine, stop, http, limit }.run(signals).await;
-            }
-        },
-        () = engine_failure(&engine) => {
-            lifecycle.set_with_reason(Phase::Failed, "the engine stopped");
+    let cause = tokio::select! {
+        cause = signals.next() => Some(cause),
+        () = engine_failure(&engine) => None,
+    };
+    let draining = Draining { lifecycle, engine, stop, http, limit: config.shutdown_timeout };
+    match cause {
+        Some(Cause::Interrupt) => tracing::info!("interrupted"),
+        Some(Cause::Terminate) => draining.run(signals).await,
+        None => {
+            draining.fail(signals).await;
             return Err(Exit::failed("the engine stopped; see the log"));
         }
     }

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use tandem_engine::{
-    BackendInfo, DType, EngineHandle, EngineOptions, EnginePlan, GenerationConfig, Inspected, LoadError,
-    ModelDType, ModelInfo, ModelOptions,
+    BackendInfo, DType, EngineHandle, EngineOptions, EnginePlan, Environment, FixedSeeds, GenerationConfig,
+    Inspected, LoadError, ModelDType, ModelInfo, ModelOptions,
 };
 
 use super::Exit;
@@ -91,7 +91,7 @@ impl Prepared {
         let generation = self.inspected.generation().clone();
         let loaded = self.inspected.load(&self.options).map_err(|e| refusal(config, e))?;
         Ok(Running {
-            engine: tandem_engine::spawn(loaded.executor, loaded.config),
+            engine: tandem_engine::spawn_with(loaded.executor, loaded.config, environment(config)),
             info,
             plan: loaded.plan,
             backend: loaded.backend,
@@ -99,6 +99,15 @@ impl Prepared {
             tokenizer: self.tokenizer,
             template: self.template,
         })
+    }
+}
+
+/// The system's time, and the seeds that the configuration fixes or none.
+fn environment(config: &CommonConfig) -> Environment {
+    let system = Environment::system();
+    match config.seed {
+        Some(seed) => Environment { seeds: Arc::new(FixedSeeds::new(seed)), ..system },
+        None => system,
     }
 }
 

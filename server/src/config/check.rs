@@ -106,8 +106,8 @@ pub struct RunConfig {
     pub top_p: Option<f32>,
     /// The model's own where `None`.
     pub top_k: Option<u32>,
-    /// 0 is off.
-    pub min_p: f32,
+    /// The model's own where `None`; 0 is off.
+    pub min_p: Option<f32>,
     /// The model's own where `None`.
     pub repetition_penalty: Option<f32>,
 }
@@ -170,7 +170,7 @@ pub(super) fn serve(flags: ServeFlags, origins: &Origins) -> Result<ServeConfig,
 pub(super) fn run(flags: RunFlags, origins: &Origins) -> Result<RunConfig, ConfigError> {
     let RunFlags { arguments, model: options, compute, memory, scheduling, log, .. } = flags;
     let (model, prompt) = model_and_prompt(arguments, options.model.is_some())?;
-    for (name, value) in [("top-p", flags.top_p), ("min-p", Some(flags.min_p))] {
+    for (name, value) in [("top-p", flags.top_p), ("min-p", flags.min_p)] {
         if value.is_some_and(|p| !(0.0..=1.0).contains(&p)) {
             return Err(refuse(origins, name, "must lie between 0 and 1"));
         }

@@ -103,7 +103,8 @@ pub(super) struct ModelOptions {
     /// Chat template instead of the model's own: a file, or the template itself
     #[arg(long, value_name = "FILE|JINJA", help_heading = MODEL)]
     pub(super) chat_template: Option<String>,
-    /// Seed of random weights, of run's answers and of bench's prompts [default: 0, and a fresh one for each answer]
+    /// Seed of random weights and of bench's prompts [default: 0], and of the sequence that gives requests without a seed
+    /// theirs [default: the system's randomness]
     #[arg(long, value_name = "N", help_heading = MODEL)]
     pub(super) seed: Option<u64>,
 }
@@ -233,9 +234,9 @@ pub(super) struct RunFlags {
     /// Draw from this many likeliest tokens; 0 for all [default: the model's, else 0]
     #[arg(long, value_name = "N", help_heading = SAMPLING)]
     pub(super) top_k: Option<u32>,
-    /// Draw from tokens at least this share as likely as the likeliest
-    #[arg(long, value_name = "X", default_value = "0", help_heading = SAMPLING)]
-    pub(super) min_p: f32,
+    /// Draw from tokens at least this share as likely as the likeliest [default: the model's, else 0]
+    #[arg(long, value_name = "X", help_heading = SAMPLING)]
+    pub(super) min_p: Option<f32>,
     /// Above 1 makes repetition less likely [default: the model's, else 1]
     #[arg(long, value_name = "X", help_heading = SAMPLING)]
     pub(super) repetition_penalty: Option<f32>,

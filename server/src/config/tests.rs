@@ -159,6 +159,17 @@ fn run_takes_a_model_a_prompt_or_both() {
 }
 
 #[test]
+fn sampling_that_nobody_set_is_left_to_the_model() {
+    let run = |arguments: &[&str]| match parse_with(&[&["run", "m.gguf"], arguments].concat(), &[]) {
+        Ok(Parsed { command: Command::Run(config), .. }) => (config.top_p, config.min_p),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(run(&[]), (None, None));
+    assert_eq!(run(&["--top-p", "0.9", "--min-p", "0"]), (Some(0.9), Some(0.0)));
+    assert!(parse_with(&["run", "m.gguf", "--min-p", "1.5"], &[]).is_err());
+}
+
+#[test]
 fn bench_turns_the_prefix_cache_off() {
     let parsed = parse_with(&["bench", "m.gguf", "--concurrency", "1,4", "--format", "json"], &[]).unwrap();
     let Command::Bench(config) = parsed.command else { panic!() };

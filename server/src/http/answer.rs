@@ -88,6 +88,17 @@ impl AnswerMeta {
         self.logprobs.is_some() || self.return_token_ids || self.stream.continuous_usage
     }
 
+    /// How many tokens the whole answer lists, alternatives included: tells a short answer from a long one.
+    pub(super) fn num_listed(&self, generation: &Generation) -> usize {
+        let (counts, prompts) = (generation.counts(), generation.prompts());
+        let scored = prompts.iter().filter_map(|prompt| prompt.logprobs.as_ref()?.iter().flatten().next());
+        let per_prompt_token =
+            scored.map(|scored| 1 + scored.top.len()).max().unwrap_or(0) + usize::from(self.return_token_ids);
+        // Each choice may repeat its prompt.
+        let repeats = generation.choices_per_prompt();
+        counts.prompt * per_prompt_token * repeats + counts.output * (1 + self.logprobs.map_or(0, |n| 1 + n))
+    }
+
     /// vLLM's `prompt_logprobs` of one prompt, when asked for.
     pub(super) fn prompt_logprobs(
         &self,

@@ -47,7 +47,7 @@ async fn read(mut body: Body, announced: usize, deadline: Instant) -> Result<Byt
 }
 
 /// Reads on for a while: a connection closed with unread bytes is reset, and the client would never see the answer.
-async fn discard(mut body: Body) {
+pub(super) async fn discard(mut body: Body) {
     let read_on = async {
         let mut left = limits::MAX_DISCARDED_BYTES;
         while let Some(Ok(frame)) = body.frame().await {

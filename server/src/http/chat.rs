@@ -14,6 +14,7 @@ use super::context::RequestContext;
 use super::encode::encode_chat;
 use super::errors::{ApiError, json};
 use super::generation::{Generation, Job, PromptJob};
+use super::limits;
 use super::logprobs::{ChatLogprobs, PromptLogprob};
 use super::sse::{self, Dialect, Events};
 use super::state::AppState;
@@ -26,8 +27,10 @@ pub(super) async fn handle(
     let serving = state.require_serving()?;
     let body = read_json(request, state.timeouts.body).await?;
     let rules = serving.rules();
-    let ChatRequest { params, conversation } = ChatRequest::parse(&body, &rules)?;
-    drop(body);
+    let is_long = body.len() > limits::INLINE_JSON_BYTES;
+    let parse = move || ChatRequest::parse(&body, &rules);
+    let request = state.helpers.run(is_long, context.id(), parse).await??;
+    let ChatRequest { params, conversation } = request;
     state.check_model(params.model.as_deref())?;
 
     let truncate = params.truncate_prompt_tokens;
@@ -39,23 +42,26 @@ pub(super) async fn handle(
         return Err(ApiError::invalid("messages", "`messages` have no tokens"));
     }
     // Without a limit of the client's the rest of the context is free.
-    let max_tokens = params.resolve_max_tokens(token_ids.len(), usize::MAX, "messages", &rules)?;
+    let max_tokens = params.resolve_max_tokens(token_ids.len(), usize::MAX, "messages", &serving.rules())?;
 
     let meta = AnswerMeta::new("chatcmpl", context.id(), &state, serving, &params, params.prompt_logprobs);
+    let log = context.log.clone();
     let mut generation = Generation::start(Job {
         serving,
         params: &params,
         prompts: vec![PromptJob { token_ids, max_tokens }],
         cache_salt: context.cache_salt(params.cache_salt.as_deref()),
         arrival: context.arrival,
-        log: context.log,
+        log: log.clone(),
     })?;
     let answer = Answer { meta };
     if params.stream.is_some() {
-        return sse::respond(generation, answer, state.timeouts.keep_alive).await;
+        return sse::respond(state, generation, answer).await;
     }
     let updates = generation.collect().await?;
-    Ok(json(&answer.whole(&generation, updates)))
+    let is_long = answer.meta.num_listed(&generation) > limits::INLINE_LISTED_TOKENS;
+    let write = move || json(&answer.whole(&generation, updates));
+    state.helpers.run(is_long, log.id(), write).await
 }
 
 /// Writes answers of this route.
@@ -173,6 +179,10 @@ impl Answer {
 }
 
 impl Dialect for Answer {
+    fn meta(&self) -> &AnswerMeta {
+        &self.meta
+    }
+
     fn write_update(&mut self, generation: &Generation, mut update: Update, events: &mut Events) {
         let usage = self.meta.chunk_usage(generation);
         if update.first {

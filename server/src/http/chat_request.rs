@@ -23,7 +23,7 @@ pub(super) struct ChatRequest {
 pub(super) struct Conversation {
     /// An array of message objects.
     pub(super) messages: Value,
-    /// Bytes of JSON that `messages` came in: tells cheap from costly rendering.
+    /// Bytes of JSON that messages and template variables came in: tells cheap from costly rendering.
     pub(super) num_bytes: usize,
     pub(super) add_generation_prompt: bool,
     pub(super) template_kwargs: Option<Map<String, Value>>,
@@ -74,8 +74,9 @@ impl Conversation {
         refuse_tool_choice(fields, "tool_choice")?;
         refuse_tool_choice(fields, "function_call")?;
         refuse_modalities(fields)?;
+        let variable_bytes = fields.peek("chat_template_kwargs").map_or(0, str::len);
         let num_bytes = match fields.peek("messages") {
-            Some(raw) => raw.len(),
+            Some(raw) => raw.len() + variable_bytes,
             None => return Err(fields.invalid("messages", "is missing")),
         };
         let messages = fields.value("messages")?.unwrap_or_default();

@@ -9,14 +9,15 @@ use serde::Serialize;
 use super::answer::{AnswerMeta, Usage};
 use super::body::read_json;
 use super::choice::{StopReason, Update};
-use super::completion_request::{CompletionRequest, Prompt};
+use super::completion_request::CompletionRequest;
 use super::context::RequestContext;
-use super::encode::encode_prompt;
+use super::encode::{EncodedPrompt, PromptOptions, encode_prompts};
 use super::errors::{ApiError, json};
 use super::generation::{Generation, Job, PromptJob};
+use super::limits;
 use super::logprobs::{CompletionLogprobs, PromptLogprob};
 use super::sse::{self, Dialect, Events};
-use super::state::{AppState, Serving};
+use super::state::AppState;
 
 /// Output tokens when the client does not say.
 const DEFAULT_MAX_TOKENS: usize = 16;
@@ -27,18 +28,25 @@ pub(super) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let serving = state.require_serving()?;
+    let rules = serving.rules();
     let body = read_json(request, state.timeouts.body).await?;
-    let CompletionRequest { mut params, prompts, echo, add_special_tokens } =
-        CompletionRequest::parse(&body, &serving.rules())?;
-    drop(body);
+    let is_long = body.len() > limits::INLINE_JSON_BYTES;
+    let parse = move || CompletionRequest::parse(&body, &rules);
+    let request = state.helpers.run(is_long, context.id(), parse).await??;
+    let CompletionRequest { mut params, prompts, echo, add_special_tokens } = request;
     state.check_model(params.model.as_deref())?;
 
-    let mut jobs = Vec::with_capacity(prompts.len());
-    let mut echoes = Vec::new();
-    for prompt in prompts {
-        let (job, text) =
-            prepare(&state, serving, prompt, &params, add_special_tokens, echo, context.id()).await?;
-        jobs.push(job);
+    let options = PromptOptions { add_special_tokens, truncate: params.truncate_prompt_tokens, echo };
+    let encoded = encode_prompts(&state, serving, prompts, options, context.id()).await?;
+    let mut jobs = Vec::with_capacity(encoded.len());
+    let mut echoes = Vec::with_capacity(encoded.len());
+    for EncodedPrompt { token_ids, text } in encoded {
+        if token_ids.is_empty() {
+            return Err(ApiError::invalid("prompt", "`prompt` has no tokens"));
+        }
+        let max_tokens =
+            params.resolve_max_tokens(token_ids.len(), DEFAULT_MAX_TOKENS, "prompt", &serving.rules())?;
+        jobs.push(PromptJob { token_ids, max_tokens });
         echoes.push(text);
     }
 
@@ -48,60 +56,27 @@ pub(super) async fn handle(
         params.prompt_logprobs = Some(prompt_logprobs.unwrap_or(0).max(count));
     }
     let meta = AnswerMeta::new("cmpl", context.id(), &state, serving, &params, prompt_logprobs);
+    let log = context.log.clone();
     let mut generation = Generation::start(Job {
         serving,
         params: &params,
         prompts: jobs,
         cache_salt: context.cache_salt(params.cache_salt.as_deref()),
         arrival: context.arrival,
-        log: context.log,
+        log: log.clone(),
     })?;
     let mut answer = Answer { meta, echoes: echo.then_some(echoes), offsets: Vec::new() };
     if params.stream.is_some() {
-        return sse::respond(generation, answer, state.timeouts.keep_alive).await;
+        return sse::respond(state, generation, answer).await;
     }
     let updates = generation.collect().await?;
-    let choices = updates.into_iter().map(|update| answer.choice(&generation, update)).collect();
-    let usage = Some(Some(generation.counts().into()));
-    Ok(json(&answer.body(choices, usage)))
-}
-
-/// Turns one prompt into tokens, and into the text that `echo` repeats.
-async fn prepare(
-    state: &AppState,
-    serving: &Arc<Serving>,
-    prompt: Prompt,
-    params: &super::params::Params,
-    add_special_tokens: bool,
-    echo: bool,
-    request_id: &str,
-) -> Result<(PromptJob, String), ApiError> {
-    let truncate = params.truncate_prompt_tokens;
-    let (mut token_ids, mut text) = match prompt {
-        Prompt::Tokens(token_ids) => (token_ids, None),
-        Prompt::Text(text) => {
-            let kept = echo.then(|| text.clone());
-            let ids = encode_prompt(state, serving, text, add_special_tokens, truncate.is_some(), request_id);
-            (ids.await?, kept)
-        }
+    let is_long = answer.meta.num_listed(&generation) > limits::INLINE_LISTED_TOKENS;
+    let write = move || {
+        let choices = updates.into_iter().map(|update| answer.choice(&generation, update)).collect();
+        let usage = Some(Some(generation.counts().into()));
+        json(&answer.body(choices, usage))
     };
-    if let Some(len) = truncate
-        && token_ids.len() > len
-    {
-        token_ids.drain(..token_ids.len() - len);
-        text = None;
-    }
-    if token_ids.is_empty() {
-        return Err(ApiError::invalid("prompt", "`prompt` has no tokens"));
-    }
-    let max_tokens =
-        params.resolve_max_tokens(token_ids.len(), DEFAULT_MAX_TOKENS, "prompt", &serving.rules())?;
-    let text = match (echo, text, &serving.tokenizer) {
-        (true, Some(text), _) => text,
-        (true, None, Some(tokenizer)) => tokenizer.decode(&token_ids, false),
-        _ => String::new(),
-    };
-    Ok((PromptJob { token_ids, max_tokens }, text))
+    state.helpers.run(is_long, log.id(), write).await
 }
 
 /// Writes answers of this route.
@@ -200,6 +175,10 @@ impl Answer {
 }
 
 impl Dialect for Answer {
+    fn meta(&self) -> &AnswerMeta {
+        &self.meta
+    }
+
     fn write_update(&mut self, generation: &Generation, update: Update, events: &mut Events) {
         let says_something = !update.text.is_empty()
             || update.finish.is_some()

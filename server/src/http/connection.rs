@@ -5,8 +5,13 @@
 //!
 //! ```text
 //! idle ── first byte ──▶ header ── request complete ──▶ busy ── answer gone ──▶ idle
-//!   60 s, closed          10 s, 408                      30 s with unread output, cut
+//!   60 s, closed          10 s, 408                      30 s without reading enough of what waits, cut
 //! ```
+//!
+//! "Enough" is a few kilobytes, or all that waits: a client that takes a byte now and then holds its request, its KV and
+//! its buffers as one that takes none does. What counts is what the kernel takes over from us. It does so in strides of
+//! a part of its own buffer, so a client far slower than [`limits::MIN_READ_BYTES`] in that time cannot be told from
+//! one that has stopped.
 //!
 //! Cutting a connection drops its handler or response body, which cancels the request in the engine. hyper does the
 //! same when it sees that the client has closed.
@@ -34,14 +39,23 @@ use super::limits;
 use super::serve::stopped;
 use super::state::Timeouts;
 
+/// How a connection is used.
+#[derive(Clone)]
+pub(super) struct Terms {
+    pub(super) router: Router,
+    pub(super) timeouts: Timeouts,
+    /// Whether a connection may carry more than one request.
+    pub(super) keep_alive: bool,
+}
+
 /// Serves requests on `stream` until either side has enough. When `stop` turns true the request in flight, if any, is
 /// finished and the connection closed.
 pub(super) async fn serve(
     stream: TcpStream,
-    router: Router,
-    timeouts: Timeouts,
+    terms: Terms,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), hyper::Error> {
+    let Terms { router, timeouts, keep_alive } = terms;
     // Tokens are small and must not wait for more.
     let _ = stream.set_nodelay(true);
     // What the kernel buffers is unread output too; its default grows to megabytes.
@@ -57,7 +71,11 @@ pub(super) async fn serve(
         router.call(request)
     });
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(limits::MAX_UNREAD_BYTES);
+    builder
+        .keep_alive(keep_alive)
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .max_buf_size(limits::MAX_UNREAD_BYTES);
     let mut connection = builder.serve_connection(io, service);
 
     let mut check = tokio::time::interval(timeouts.check_interval());
@@ -101,8 +119,11 @@ struct Marks {
     phase: AtomicU8,
     /// Milliseconds from `start` to the beginning of the phase.
     since_ms: AtomicU64,
-    /// Milliseconds from `start` to the first write that found no room, plus one; 0 while writes succeed.
+    /// Milliseconds from `start` to the first write that found no room, or to the last progress since, plus one; 0 while
+    /// nothing waits.
     stalled_ms: AtomicU64,
+    /// Bytes written since then.
+    progress: AtomicU64,
 }
 
 #[derive(Debug, PartialEq)]
@@ -119,6 +140,7 @@ impl Marks {
             phase: AtomicU8::new(IDLE),
             since_ms: AtomicU64::new(0),
             stalled_ms: AtomicU64::new(0),
+            progress: AtomicU64::new(0),
         }
     }
 
@@ -139,13 +161,28 @@ impl Marks {
     }
 
     fn has_written(&self, polled: &Poll<io::Result<usize>>) {
+        let waits = self.stalled_ms.load(Ordering::Relaxed) > 0;
         match polled {
-            Poll::Pending if self.stalled_ms.load(Ordering::Relaxed) == 0 => {
-                self.stalled_ms.store(self.now_ms() + 1, Ordering::Relaxed);
+            Poll::Pending if !waits => self.restart_stall(),
+            Poll::Ready(Ok(written)) if waits => {
+                let progress = self.progress.load(Ordering::Relaxed) + *written as u64;
+                self.progress.store(progress, Ordering::Relaxed);
+                if progress >= limits::MIN_READ_BYTES {
+                    self.restart_stall();
+                }
             }
-            Poll::Pending => {}
-            Poll::Ready(_) => self.stalled_ms.store(0, Ordering::Relaxed),
+            _ => {}
         }
+    }
+
+    fn restart_stall(&self) {
+        self.stalled_ms.store(self.now_ms() + 1, Ordering::Relaxed);
+        self.progress.store(0, Ordering::Relaxed);
+    }
+
+    /// hyper flushes the socket when it has written all it had.
+    fn has_flushed(&self) {
+        self.stalled_ms.store(0, Ordering::Relaxed);
     }
 
     fn overdue(&self, timeouts: &Timeouts) -> Option<Overdue> {
@@ -239,6 +276,7 @@ impl AsyncWrite for MarkedStream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.marks.has_flushed();
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
@@ -273,10 +311,36 @@ mod tests {
         wait();
         let impatient = Timeouts { write_stall: Duration::ZERO, ..timeouts };
         assert_eq!(marks.overdue(&impatient), Some(Overdue::Reader));
-        marks.has_written(&Poll::Ready(Ok(1)));
+        marks.has_flushed();
         assert_eq!(marks.overdue(&impatient), None);
         drop(busy);
         wait();
         assert_eq!(marks.overdue(&Timeouts { idle: Duration::ZERO, ..timeouts }), Some(Overdue::Idle));
+    }
+
+    #[test]
+    fn a_reader_must_take_kilobytes_or_everything() {
+        let timeouts = Timeouts { write_stall: Duration::from_millis(20), ..Timeouts::default() };
+        let marks = Marks::new();
+        let wait = || std::thread::sleep(Duration::from_millis(25));
+        let write = |bytes| marks.has_written(&Poll::Ready(Ok(bytes)));
+
+        write(1);
+        wait();
+        assert_eq!(marks.overdue(&timeouts), None, "nothing waited");
+        marks.has_written(&Poll::Pending);
+        wait();
+        // A few bytes, more to come.
+        write(100);
+        marks.has_written(&Poll::Pending);
+        assert_eq!(marks.overdue(&timeouts), Some(Overdue::Reader));
+        // The rest of the kilobytes: the time starts anew.
+        write(limits::MIN_READ_BYTES as usize - 100);
+        assert_eq!(marks.overdue(&timeouts), None);
+        wait();
+        assert_eq!(marks.overdue(&timeouts), Some(Overdue::Reader), "and the count with it");
+        write(10);
+        marks.has_flushed();
+        assert_eq!(marks.overdue(&timeouts), None, "all was taken");
     }
 }

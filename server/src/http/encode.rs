@@ -1,35 +1,56 @@
 //! Text to tokens for requests: short texts at once, long ones on a helper thread, over-long ones not at all.
+//!
+//! What is short is decided by all of a request's texts together: a hundred short prompts are a long text.
 
 use std::sync::Arc;
 
 use super::chat_request::Conversation;
-use super::completion_request::no_tokenizer;
+use super::completion_request::{Prompt, no_tokenizer};
 use super::errors::ApiError;
 use super::limits;
 use super::params::Rules;
 use super::state::{AppState, Serving};
 use crate::text::{ChatInput, TextError, Tokenizer};
 
-/// Encodes one prompt. `truncates` says that an over-long one is welcome because only its end will be kept.
-pub(super) async fn encode_prompt(
+/// How prompts become tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PromptOptions {
+    pub(super) add_special_tokens: bool,
+    /// How many tokens are kept, from the end; `None`: all, and one that cannot fit is refused.
+    pub(super) truncate: Option<usize>,
+    /// The text of what was kept is wanted too.
+    pub(super) echo: bool,
+}
+
+/// A prompt in tokens, and its text if that is to be repeated.
+#[derive(Debug)]
+pub(super) struct EncodedPrompt {
+    pub(super) token_ids: Vec<u32>,
+    pub(super) text: String,
+}
+
+/// Encodes the prompts of a request.
+pub(super) async fn encode_prompts(
     state: &AppState,
     serving: &Arc<Serving>,
-    text: String,
-    add_special_tokens: bool,
-    truncates: bool,
+    prompts: Vec<Prompt>,
+    options: PromptOptions,
     request_id: &str,
-) -> Result<Vec<u32>, ApiError> {
-    let tokenizer = serving.tokenizer.clone().ok_or_else(|| no_tokenizer("prompt"))?;
-    let rules = (!truncates).then(|| serving.rules());
-    let num_bytes = text.len();
+) -> Result<Vec<EncodedPrompt>, ApiError> {
+    let num_bytes = prompts.iter().map(|prompt| cost(prompt, options)).sum();
+    let tokenizer = serving.tokenizer.clone();
+    let rules = options.truncate.is_none().then(|| serving.rules());
     let encode = move || {
-        refuse_overlong(&tokenizer, &text, rules.as_ref(), "prompt")?;
-        tokenizer.encode_prompt(&text, add_special_tokens).map_err(|error| Failure::Text(error, "prompt"))
+        prompts
+            .into_iter()
+            .map(|prompt| encode_prompt(tokenizer.as_deref(), prompt, options, rules.as_ref()))
+            .collect()
     };
     run(state, num_bytes, encode, request_id).await
 }
 
-/// Renders a conversation with the model's template and encodes it.
+/// Renders a conversation with the model's template and encodes it. `truncates` says that an over-long one is welcome
+/// because only its end will be kept.
 pub(super) async fn encode_chat(
     state: &AppState,
     serving: &Arc<Serving>,
@@ -63,6 +84,44 @@ enum Failure {
     Text(TextError, &'static str),
 }
 
+/// The work of a prompt, in bytes of text that take about as long to encode.
+fn cost(prompt: &Prompt, options: PromptOptions) -> usize {
+    match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Tokens(token_ids) if options.echo => 4 * token_ids.len(),
+        Prompt::Tokens(_) => 0,
+    }
+}
+
+fn encode_prompt(
+    tokenizer: Option<&Tokenizer>,
+    prompt: Prompt,
+    options: PromptOptions,
+    rules: Option<&Rules>,
+) -> Result<EncodedPrompt, Failure> {
+    let (mut token_ids, mut text) = match prompt {
+        Prompt::Tokens(token_ids) => (token_ids, None),
+        Prompt::Text(text) => {
+            let tokenizer = tokenizer.ok_or_else(|| Failure::Refused(no_tokenizer("prompt")))?;
+            refuse_overlong(tokenizer, &text, rules, "prompt")?;
+            let token_ids = tokenizer.encode_prompt(&text, options.add_special_tokens);
+            (token_ids.map_err(|error| Failure::Text(error, "prompt"))?, Some(text))
+        }
+    };
+    if let Some(len) = options.truncate
+        && token_ids.len() > len
+    {
+        token_ids.drain(..token_ids.len() - len);
+        text = None;
+    }
+    let text = match (options.echo, text, tokenizer) {
+        (true, Some(text), _) => text,
+        (true, None, Some(tokenizer)) => tokenizer.decode(&token_ids, false),
+        _ => String::new(),
+    };
+    Ok(EncodedPrompt { token_ids, text })
+}
+
 /// A text that cannot fit, whatever its tokens are, is not worth encoding.
 fn refuse_overlong(
     tokenizer: &Tokenizer,
@@ -80,20 +139,14 @@ fn refuse_overlong(
 }
 
 /// Runs `encode` here when it is short, else on a helper thread.
-async fn run(
+async fn run<T: Send + 'static>(
     state: &AppState,
     num_bytes: usize,
-    encode: impl FnOnce() -> Result<Vec<u32>, Failure> + Send + 'static,
+    encode: impl FnOnce() -> Result<T, Failure> + Send + 'static,
     request_id: &str,
-) -> Result<Vec<u32>, ApiError> {
-    let encoded = if num_bytes <= limits::INLINE_TEXT_BYTES {
-        encode()
-    } else {
-        let _permit =
-            state.encoders.acquire().await.map_err(|error| ApiError::internal(request_id, &error))?;
-        let task = tokio::task::spawn_blocking(encode);
-        task.await.map_err(|error| ApiError::internal(request_id, &error))?
-    };
+) -> Result<T, ApiError> {
+    let is_long = num_bytes > limits::INLINE_TEXT_BYTES;
+    let encoded = state.helpers.run(is_long, request_id, encode).await?;
     encoded.map_err(|failure| match failure {
         Failure::Refused(error) => error,
         Failure::Text(error, param) if error.is_client_error() => ApiError::invalid(param, error.to_string()),

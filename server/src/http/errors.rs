@@ -48,7 +48,7 @@ pub(super) enum ApiError {
     /// 503: the queue is full.
     #[error("the server is overloaded, try again")]
     Overloaded,
-    /// 503: loading, draining or failed.
+    /// 503: loading, draining, stopped or failed.
     #[error("the server is not ready: {0}")]
     NotReady(&'static str),
     /// 503 after the request was admitted, for example during a drain.
@@ -83,14 +83,15 @@ impl ApiError {
     }
 
     /// The engine's refusal of a request.
-    pub(super) fn from_submit(error: SubmitError, id: &str) -> Self {
+    pub(super) fn from_submit(error: SubmitError) -> Self {
         match error {
             SubmitError::Invalid(InvalidParam { param, message }) => {
                 Self::invalid(param, format!("`{param}` {message}"))
             }
             SubmitError::QueueFull => Self::Overloaded,
             SubmitError::Draining => Self::NotReady("draining"),
-            SubmitError::Stopped => Self::internal(id, &"engine has stopped"),
+            // Another worker can answer; this one is on its way out.
+            SubmitError::Stopped => Self::NotReady("stopped"),
         }
     }
 
@@ -228,10 +229,10 @@ mod tests {
     fn engine_refusals_map_to_their_status() {
         let invalid = SubmitError::Invalid(InvalidParam { param: "top_p", message: "bad".into() });
         let cases = [
-            (ApiError::from_submit(invalid, "r"), 400, Some("top_p"), false),
-            (ApiError::from_submit(SubmitError::QueueFull, "r"), 503, None, true),
-            (ApiError::from_submit(SubmitError::Draining, "r"), 503, None, true),
-            (ApiError::from_submit(SubmitError::Stopped, "r"), 500, None, false),
+            (ApiError::from_submit(invalid), 400, Some("top_p"), false),
+            (ApiError::from_submit(SubmitError::QueueFull), 503, None, true),
+            (ApiError::from_submit(SubmitError::Draining), 503, None, true),
+            (ApiError::from_submit(SubmitError::Stopped), 503, None, true),
             (ApiError::ModelNotFound("x".into()), 404, Some("model"), false),
         ];
         for (error, status, param, retryable) in cases {

@@ -92,7 +92,7 @@ impl Generation {
                 arrival: job.arrival,
             };
             let submitted = job.serving.engine.submit(request);
-            let stream = submitted.map_err(|error| ApiError::from_submit(error, job.log.id()))?;
+            let stream = submitted.map_err(ApiError::from_submit)?;
             turns.push(turn(prompt_idx, stream));
             for _ in 0..num_choices {
                 choices.push(new_choice(job.serving, job.params, &strings)?);
@@ -152,6 +152,11 @@ impl Generation {
         choice / self.num_choices
     }
 
+    /// How many choices continue each prompt.
+    pub(super) fn choices_per_prompt(&self) -> usize {
+        self.num_choices
+    }
+
     /// The prompt that a choice continues.
     pub(super) fn prompt_of(&self, choice: usize) -> &PromptState {
         &self.prompts[self.prompt_idx(choice)]
@@ -161,7 +166,7 @@ impl Generation {
         &self.prompts
     }
 
-    pub(super) fn log(&self) -> &RequestLog {
+    pub(super) fn log(&self) -> &Arc<RequestLog> {
         &self.log
     }
 

@@ -28,6 +28,7 @@ mod errors;
 mod exposition;
 mod fields;
 mod generation;
+mod helpers;
 pub mod limits;
 mod logprobs;
 mod metrics;

@@ -52,6 +52,13 @@ pub(super) fn rss_bytes() -> u64 {
     read().unwrap_or(0) * 1024
 }
 
+/// How many files and sockets this process may have open; `None` where `/proc` is not there or sets no bound.
+pub(super) fn max_open_files() -> Option<usize> {
+    let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
+}
+
 /// User and system time of the process.
 fn cpu_seconds() -> Option<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
@@ -69,6 +76,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn a_running_process_has_memory_and_cpu_time() {
         assert!(rss_bytes() > 1 << 20);
+        assert!(max_open_files().is_none_or(|files| files > 16));
         let start = Instant::now();
         while cpu_seconds().unwrap() < 0.02 && start.elapsed() < Duration::from_secs(5) {}
         assert!(cpu_seconds().unwrap() >= 0.02);

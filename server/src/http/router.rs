@@ -17,7 +17,7 @@ use super::connection::Busy;
 use super::context::{REQUEST_ID, RequestContext, request_id};
 use super::errors::{ApiError, json};
 use super::state::AppState;
-use super::{chat, completions, limits, metrics, models, panics, probes, tokenize};
+use super::{body, chat, completions, limits, metrics, models, panics, probes, tokenize};
 
 /// Routes that say how the process is, not what its model answers: open to all, logged at debug level.
 const QUIET_ROUTES: &[&str] = &["/health", "/livez", "/readyz", "/startupz", "/ping", "/metrics"];
@@ -36,12 +36,17 @@ pub(super) fn api(state: Arc<AppState>) -> Router {
         .route_layer(from_fn_with_state(state.clone(), authenticate));
     let routes =
         probes().route("/metrics", get(metrics::with_vllm)).route("/version", get(version)).merge(protected);
-    finish(routes, state)
+    finish(routes.fallback(route_not_found), state)
+}
+
+/// What the serving port offers when it has too many connections: probes, and a 503 for all else.
+pub(super) fn overloaded(state: Arc<AppState>) -> Router {
+    finish(probes().fallback(refuse_overload), state)
 }
 
 /// Everything on the metrics port.
 pub(super) fn metrics_only(state: Arc<AppState>) -> Router {
-    finish(probes().route("/metrics", get(metrics::own)), state)
+    finish(probes().route("/metrics", get(metrics::own)).fallback(route_not_found), state)
 }
 
 fn probes() -> Router<Arc<AppState>> {
@@ -56,7 +61,6 @@ fn probes() -> Router<Arc<AppState>> {
 fn finish(routes: Router<Arc<AppState>>, state: Arc<AppState>) -> Router {
     routes
         .method_not_allowed_fallback(method_not_allowed)
-        .fallback(route_not_found)
         .layer(from_fn_with_state(state.clone(), observe))
         .with_state(state)
 }
@@ -67,6 +71,12 @@ async fn method_not_allowed() -> ApiError {
 
 async fn route_not_found() -> ApiError {
     ApiError::RouteNotFound
+}
+
+/// The client gets to read its refusal only if its own bytes have been read.
+async fn refuse_overload(request: Request) -> ApiError {
+    body::discard(request.into_body()).await;
+    ApiError::Overloaded
 }
 
 #[derive(Serialize)]

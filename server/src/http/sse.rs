@@ -6,7 +6,7 @@
 //! while little is unread, so a slow reader stops this body, then the engine's bounded stream, then its own request.
 
 use std::convert::Infallible;
-use std::time::Duration;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::http::{HeaderValue, header};
@@ -16,13 +16,19 @@ use futures_util::stream;
 use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 
+use super::access_log::RequestLog;
+use super::answer::AnswerMeta;
 use super::choice::Update;
 use super::errors::ApiError;
 use super::generation::Generation;
-use super::panics;
+use super::state::AppState;
+use super::{limits, panics};
 
 /// How the chunks of one route look.
 pub(super) trait Dialect: Send + Sync + 'static {
+    /// What the chunks have in common.
+    fn meta(&self) -> &AnswerMeta;
+
     /// Writes the events that tell of `update`, possibly none.
     fn write_update(&mut self, generation: &Generation, update: Update, events: &mut Events);
 
@@ -60,11 +66,12 @@ impl Events {
 
 /// Waits for the first news and answers with a stream, or with the error that came instead.
 pub(super) async fn respond<D: Dialect>(
+    state: Arc<AppState>,
     generation: Generation,
     dialect: D,
-    keep_alive: Duration,
 ) -> Result<Response, ApiError> {
-    let mut streaming = Streaming { generation, dialect, keep_alive, ended: false };
+    let log = generation.log().clone();
+    let mut streaming = Streaming { state, log, parts: Some((generation, dialect)), ended: false };
     let first = streaming.step().await?;
     let body = stream::unfold((streaming, Some(first)), |(mut streaming, first)| async move {
         let chunk = match first {
@@ -83,9 +90,10 @@ pub(super) async fn respond<D: Dialect>(
 }
 
 struct Streaming<D> {
-    generation: Generation,
-    dialect: D,
-    keep_alive: Duration,
+    state: Arc<AppState>,
+    log: Arc<RequestLog>,
+    /// Away while a helper writes; gone after a panic.
+    parts: Option<(Generation, D)>,
     ended: bool,
 }
 
@@ -98,10 +106,10 @@ impl<D: Dialect> Streaming<D> {
         let error = match panics::catch(self.step()).await {
             Ok(Ok(chunk)) => return Some(chunk),
             Ok(Err(error)) => error,
-            Err(panicked) => ApiError::internal(self.generation.log().id(), &panicked),
+            Err(panicked) => ApiError::internal(self.log.id(), &panicked),
         };
         self.ended = true;
-        self.generation.log().set_status(error.status().as_u16());
+        self.log.set_status(error.status().as_u16());
         let mut events = Events::default();
         events.push(&error.stream_body());
         events.push_done();
@@ -110,23 +118,48 @@ impl<D: Dialect> Streaming<D> {
 
     /// Waits until there is something to send: the events of a step, or a keep-alive.
     async fn step(&mut self) -> Result<Bytes, ApiError> {
-        let deadline = Instant::now() + self.keep_alive;
+        let deadline = Instant::now() + self.state.timeouts.keep_alive;
         let mut events = Events::default();
         while events.0.is_empty() {
-            let Ok(updates) = timeout_at(deadline, self.generation.next()).await else {
+            let (mut generation, dialect) = self.parts.take().expect("a stream that has failed is over");
+            let news = timeout_at(deadline, generation.next()).await;
+            let parts = (generation, dialect);
+            let Ok(updates) = news else {
+                self.parts = Some(parts);
                 events.push_keep_alive();
                 break;
             };
-            for update in updates?.unwrap_or_default() {
-                self.dialect.write_update(&self.generation, update, &mut events);
-            }
-            if self.generation.is_over() {
-                self.dialect.write_end(&self.generation, &mut events);
-                events.push_done();
-                self.ended = true;
-            }
+            self.write(parts, updates?.unwrap_or_default(), &mut events).await?;
         }
         Ok(events.take())
+    }
+
+    /// Writes the events of a step. The first may repeat a whole prompt with its scores, for each choice: that is long.
+    async fn write(
+        &mut self,
+        (generation, mut dialect): (Generation, D),
+        updates: Vec<Update>,
+        events: &mut Events,
+    ) -> Result<(), ApiError> {
+        let is_long = updates.iter().any(|update| update.first)
+            && dialect.meta().num_listed(&generation) > limits::INLINE_LISTED_TOKENS;
+        let ends = generation.is_over();
+        let write = move || {
+            let mut events = Events::default();
+            for update in updates {
+                dialect.write_update(&generation, update, &mut events);
+            }
+            if ends {
+                dialect.write_end(&generation, &mut events);
+                events.push_done();
+            }
+            (events, (generation, dialect))
+        };
+        let (written, parts) = self.state.helpers.run(is_long, self.log.id(), write).await?;
+        *events = written;
+        self.parts = Some(parts);
+        self.ended = ends;
+        Ok(())
     }
 }
 

@@ -4,12 +4,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_engine::{EngineHandle, GenerationConfig, ModelInfo};
-use tokio::sync::Semaphore;
 
 use super::errors::ApiError;
+use super::helpers::Helpers;
 use super::limits;
 use super::params::Rules;
-use super::process::ProcessMeter;
+use super::process::{ProcessMeter, max_open_files};
 use crate::config::ServeConfig;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -22,8 +22,10 @@ pub struct AppState {
     pub(super) created_s: u64,
     pub(super) process: ProcessMeter,
     pub(super) timeouts: Timeouts,
-    /// Bounds how many long texts are encoded at once, so that they cannot take every core from the step loop.
-    pub(super) encoders: Semaphore,
+    /// Bounds how many long texts are worked on at once, so that they cannot take every core from the step loop.
+    pub(super) helpers: Helpers,
+    /// Most connections on the API's port that take requests.
+    pub(super) max_connections: usize,
 }
 
 /// A loaded model.
@@ -60,13 +62,15 @@ impl Default for Timeouts {
 
 impl AppState {
     pub fn new(config: Arc<ServeConfig>, lifecycle: Lifecycle) -> Arc<Self> {
-        Self::with_timeouts(config, lifecycle, Timeouts::default())
+        let max_connections = limits::max_connections(max_open_files());
+        Self::with_limits(config, lifecycle, Timeouts::default(), max_connections)
     }
 
-    pub(super) fn with_timeouts(
+    pub(super) fn with_limits(
         config: Arc<ServeConfig>,
         lifecycle: Lifecycle,
         timeouts: Timeouts,
+        max_connections: usize,
     ) -> Arc<Self> {
         // A clock before 1970 is wrong, not a reason to stop.
         let created_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -77,7 +81,8 @@ impl AppState {
             created_s,
             process: ProcessMeter::new(),
             timeouts,
-            encoders: Semaphore::new(2),
+            helpers: Helpers::new(limits::MAX_LONG_WORK),
+            max_connections,
         })
     }
 

@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use serde_json::json;
 use tandem_engine::EngineConfig;
 
 use super::toy::{self, engine_config};
 use super::{Server, Setup, Timeouts, get, post, streamed_text};
+use crate::http::limits;
 use crate::lifecycle::Phase;
 
 #[tokio::test]
@@ -87,6 +89,72 @@ async fn a_reader_that_stops_is_cut_and_its_request_ends() {
     connection.send(&post("/v1/completions", &body.to_string(), "")).await;
     server.until("cancelled", |snapshot| snapshot.cancelled == 1 && snapshot.in_flight == 0).await;
     assert!(server.snapshot().generation_tokens < 60_000);
+}
+
+#[tokio::test]
+async fn long_work_is_done_elsewhere_and_probes_answer_meanwhile() {
+    let server = Server::plain().await;
+    let mut gates = Vec::new();
+    for _ in 0..limits::MAX_LONG_WORK {
+        let (gate, closed) = std::sync::mpsc::channel::<()>();
+        // Polled once and dropped: the work goes on until the test drops the gate.
+        let work = move || closed.recv().is_err();
+        assert!(server.state.helpers.run(true, "r", work).now_or_never().is_none());
+        gates.push(gate);
+    }
+    let prompts = vec!["x".repeat(200); limits::MAX_PROMPTS];
+    let messages = vec![json!({"role": "user", "content": "x"}); limits::MAX_MESSAGES];
+    let waiting = [
+        // Each is short, together they are not.
+        ("/v1/completions", json!({"prompt": prompts, "max_tokens": 1}).to_string(), 200),
+        ("/v1/chat/completions", json!({"messages": messages}).to_string(), 400),
+        ("/v1/completions", format!("{{\"prompt\": [{}", "1, ".repeat(20_000)), 400),
+        ("/tokenize", json!({"prompt": "x".repeat(50_000)}).to_string(), 200),
+        ("/detokenize", json!({"tokens": vec![97; 10_000]}).to_string(), 200),
+    ];
+    let mut connections = Vec::new();
+    for (path, body, _) in &waiting {
+        let mut connection = server.connect().await;
+        connection.send(&post(path, body, "")).await;
+        connections.push(connection);
+    }
+    for path in ["/livez", "/readyz", "/metrics"] {
+        assert_eq!(server.get(path).await.status, 200);
+    }
+    assert_eq!(server.complete(json!({"prompt": "a", "max_tokens": 1})).await.status, 200);
+    for connection in &mut connections {
+        let early = tokio::time::timeout(Duration::from_millis(20), connection.answer()).await;
+        assert!(early.is_err(), "{early:?}");
+    }
+    drop(gates);
+    for (connection, (path, _, status)) in connections.iter_mut().zip(&waiting) {
+        assert_eq!(connection.answer().await.status, *status, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn beyond_the_limit_connections_get_probes_and_refusals() {
+    let server = Server::start(Setup { max_connections: 2, ..Setup::default() }).await;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut connection = server.connect().await;
+        connection.send(&get("/version", "")).await;
+        assert_eq!(connection.answer().await.status, 200);
+        held.push(connection);
+    }
+    assert_eq!(server.get("/readyz").await.status, 200);
+    let mut refused = server.connect().await;
+    let body = json!({"prompt": "x".repeat(100_000)}).to_string();
+    refused.send(&post("/v1/completions", &body, "")).await;
+    let answer = refused.answer().await;
+    assert_eq!((answer.error().0, answer.header("retry-after")), (503, Some("1")));
+    assert!(refused.is_closed().await, "a spare connection is for one request");
+
+    held.pop();
+    let start = Instant::now();
+    while server.complete(json!({"prompt": [97], "max_tokens": 1})).await.status != 200 {
+        assert!(start.elapsed() < Duration::from_secs(5), "its place was not given back");
+    }
 }
 
 #[tokio::test]

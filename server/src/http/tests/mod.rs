@@ -39,6 +39,7 @@ struct Setup {
     engine: EngineConfig,
     with_text: bool,
     timeouts: Timeouts,
+    max_connections: usize,
     loaded: bool,
 }
 
@@ -49,6 +50,7 @@ impl Default for Setup {
             engine: engine_config(),
             with_text: true,
             timeouts: Timeouts::default(),
+            max_connections: 100,
             loaded: true,
         }
     }
@@ -56,7 +58,8 @@ impl Default for Setup {
 
 impl Server {
     async fn start(setup: Setup) -> Self {
-        let state = AppState::with_timeouts(toy::serve_config(setup.keys), Lifecycle::new(), setup.timeouts);
+        let (config, lifecycle) = (toy::serve_config(setup.keys), Lifecycle::new());
+        let state = AppState::with_limits(config, lifecycle, setup.timeouts, setup.max_connections);
         let (serving, knobs) = toy::serving(setup.engine, setup.with_text);
         if setup.loaded {
             state.install(serving);
