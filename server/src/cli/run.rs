@@ -3,7 +3,7 @@
 //! Answers go to standard output, everything else to standard error, so that a pipe gets the text alone. Ctrl-C ends
 //! the answer (dropping its stream frees it in the engine); at the prompt it does nothing but start a new line.
 
-use std::io::{self, BufRead, IsTerminal};
+use std::io::{self, BufRead, IsTerminal, Read};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -96,7 +96,14 @@ impl Session<'_> {
                     continue;
                 }
             };
-            let Some(line) = line else { break };
+            let line = match line {
+                None => break,
+                Some(Ok(line)) => line,
+                Some(Err(problem)) => {
+                    eprintln!("{problem}");
+                    continue;
+                }
+            };
             match line.trim() {
                 "" => {}
                 "/exit" | "/quit" => break,
@@ -249,17 +256,56 @@ fn report(answer: &Answer) {
 
 /// Lines of standard input. They are read on a thread of their own, since reading a terminal cannot be given up; it
 /// ends with the process.
-fn read_lines() -> mpsc::Receiver<String> {
+fn read_lines() -> mpsc::Receiver<Result<String, String>> {
     let (sender, receiver) = mpsc::channel(1);
     std::thread::spawn(move || {
-        for line in io::stdin().lock().lines() {
-            let Ok(line) = line else { break };
-            if line.len() > MAX_LINE_BYTES {
-                eprintln!("a line has at most 1 MiB");
-            } else if sender.blocking_send(line).is_err() {
+        let mut input = io::stdin().lock();
+        loop {
+            let line = match read_line(&mut input) {
+                Ok(Some(line)) => line,
+                Ok(None) => break,
+                Err(error) => {
+                    let _ = sender.blocking_send(Err(format!("the input cannot be read: {error}")));
+                    break;
+                }
+            };
+            if sender.blocking_send(line.map_err(str::to_owned)).is_err() {
                 break;
             }
         }
     });
     receiver
+}
+
+/// The next line, or why it is none that can be answered; `None` at the end.
+fn read_line(input: &mut impl BufRead) -> io::Result<Option<Result<String, &'static str>>> {
+    let mut bytes = Vec::new();
+    if input.by_ref().take(MAX_LINE_BYTES as u64 + 1).read_until(b'\n', &mut bytes)? == 0 {
+        return Ok(None);
+    }
+    if bytes.last() != Some(&b'\n') && bytes.len() > MAX_LINE_BYTES {
+        input.skip_until(b'\n')?;
+        return Ok(Some(Err("a line has at most 1 MiB")));
+    }
+    Ok(Some(String::from_utf8(bytes).map_err(|_| "the line is not valid UTF-8; write it again")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_line_does_not_end_the_chat() {
+        let mut input = b"hi\nb\xffd\n".to_vec();
+        input.extend(vec![b'x'; MAX_LINE_BYTES + 5]);
+        input.extend(b"\n\nlast");
+        let mut input = input.as_slice();
+        let mut next = || read_line(&mut input).unwrap();
+        assert_eq!(next(), Some(Ok("hi\n".to_owned())));
+        assert!(next().unwrap().unwrap_err().contains("UTF-8"));
+        assert!(next().unwrap().unwrap_err().contains("1 MiB"));
+        assert_eq!(next(), Some(Ok("\n".to_owned())));
+        assert_eq!(next(), Some(Ok("last".to_owned())));
+        assert_eq!(next(), None);
+    }
 }

@@ -151,9 +151,6 @@ pub(super) fn serve(flags: ServeFlags, origins: &Origins) -> Result<ServeConfig,
     if flags.api_key.iter().any(|key| key.is_empty() || key.len() > 1024) {
         return Err(refuse(origins, "api-key", "a key must have 1 to 1024 bytes"));
     }
-    if flags.shutdown_timeout > 86_400 {
-        return Err(refuse(origins, "shutdown-timeout", "is more than a day"));
-    }
     let common = common(model, options, compute, memory, scheduling, log, origins)?;
     Ok(ServeConfig {
         common,
@@ -170,10 +167,11 @@ pub(super) fn serve(flags: ServeFlags, origins: &Origins) -> Result<ServeConfig,
 pub(super) fn run(flags: RunFlags, origins: &Origins) -> Result<RunConfig, ConfigError> {
     let RunFlags { arguments, model: options, compute, memory, scheduling, log, .. } = flags;
     let (model, prompt) = model_and_prompt(arguments, options.model.is_some())?;
-    for (name, value) in [("top-p", flags.top_p), ("min-p", flags.min_p)] {
-        if value.is_some_and(|p| !(0.0..=1.0).contains(&p)) {
-            return Err(refuse(origins, name, "must lie between 0 and 1"));
-        }
+    if flags.top_p.is_some_and(|p| !(p > 0.0 && p <= 1.0)) {
+        return Err(refuse(origins, "top-p", "must be above 0 and at most 1"));
+    }
+    if flags.min_p.is_some_and(|p| !(0.0..=1.0).contains(&p)) {
+        return Err(refuse(origins, "min-p", "must lie between 0 and 1"));
     }
     if flags.temperature.is_some_and(|t| !(0.0..=100.0).contains(&t)) {
         return Err(refuse(origins, "temperature", "must lie between 0 and 100"));
@@ -189,7 +187,8 @@ pub(super) fn run(flags: RunFlags, origins: &Origins) -> Result<RunConfig, Confi
         max_tokens: flags.max_tokens.map(|n| n as usize),
         temperature: flags.temperature,
         top_p: flags.top_p,
-        top_k: flags.top_k,
+        // -1 and 0 both mean "all tokens", as in the API.
+        top_k: flags.top_k.map(|k| u32::try_from(k).unwrap_or(0)),
         min_p: flags.min_p,
         repetition_penalty: flags.repetition_penalty,
     })
@@ -253,11 +252,19 @@ fn common(
         return Err(refuse("max-num-batched-tokens", &message));
     }
     if let Some(filter) = &log.log_level {
-        let checked = tracing_subscriber::EnvFilter::try_new(filter);
-        checked.map_err(|e| refuse("log-level", &format!("{filter:?} is no log filter: {e}")))?;
+        check_log_filter(filter).map_err(|message| refuse("log-level", &message))?;
+    }
+    let model = options.model.or(model).map_or_else(default_model, Ok)?;
+    let is_gguf = model.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    if options.load_format == LoadFormat::Dummy && is_gguf && !model.is_dir() {
+        let message = format!(
+            "dummy takes shapes from a config.json, {} is a GGUF file; name a folder with a config.json",
+            model.display()
+        );
+        return Err(refuse("load-format", &message));
     }
     Ok(CommonConfig {
-        model: options.model.or(model).map_or_else(default_model, Ok)?,
+        model,
         load_format: options.load_format,
         dummy_weights: options.dummy_weights,
         dtype: options.dtype,
@@ -277,6 +284,22 @@ fn common(
         log_level: log.log_level,
         origins: origins.clone(),
     })
+}
+
+/// A filter takes any word for a module to log, so that a mistyped level would log nothing: a word by itself must be
+/// a level.
+fn check_log_filter(filter: &str) -> Result<(), String> {
+    const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
+    let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word));
+    // Fields of spans have commas of their own.
+    let mut words = filter.split(',').map(str::trim).filter(|word| !word.contains('='));
+    if !filter.contains('[')
+        && let Some(word) = words.find(|word| !is_level(word))
+    {
+        return Err(format!("{word:?} is no level (one of: {})", LEVELS.join(", ")));
+    }
+    let checked = tracing_subscriber::EnvFilter::try_new(filter);
+    checked.map(drop).map_err(|e| format!("{filter:?} is no log filter: {e}"))
 }
 
 /// The flag and its negation are one setting; layers see to it that only one layer speaks.

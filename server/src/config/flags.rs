@@ -6,6 +6,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use clap::builder::TypedValueParser;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Arg, ArgAction, Args, CommandFactory, Parser, Subcommand};
 
@@ -63,8 +64,17 @@ pub(super) fn command() -> clap::Command {
     let command = Cli::command();
     let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
     names.into_iter().fold(command, |command, name| {
-        command.mut_subcommand(name, |sub| layers::show_variables(sub).disable_help_flag(true).arg(help()))
+        command.mut_subcommand(name, |sub| {
+            let sub = layers::show_variables(sub).mut_args(negative_numbers);
+            sub.disable_help_flag(true).arg(help())
+        })
     })
+}
+
+/// `--port -1` is about the port, not about an unknown flag -1.
+fn negative_numbers(arg: Arg) -> Arg {
+    let is_flag = arg.get_long().is_some() && arg.get_action().takes_values();
+    if is_flag { arg.allow_negative_numbers(true) } else { arg }
 }
 
 /// Help that fits a screen: one line for each flag, its values in brackets.
@@ -105,7 +115,7 @@ pub(super) struct ModelOptions {
     pub(super) chat_template: Option<String>,
     /// Seed of random weights and of bench's prompts [default: 0], and of the sequence that gives requests without a seed
     /// theirs [default: the system's randomness]
-    #[arg(long, value_name = "N", help_heading = MODEL)]
+    #[arg(long, value_name = "N", value_parser = whole(0, u64::MAX), help_heading = MODEL)]
     pub(super) seed: Option<u64>,
 }
 
@@ -167,7 +177,7 @@ pub(super) struct LogFlags {
     /// Form of the log on standard error
     #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = CONFIGURATION)]
     pub(super) log_format: LogFormat,
-    /// What to log: error, warn, info, debug, trace, or a filter such as info,tandem_engine=debug [default:
+    /// What to log: error, warn, info, debug, trace, off, or a filter such as info,tandem_engine=debug [default:
     /// RUST_LOG, else info for serve and warn for the others]
     #[arg(long, value_name = "LEVEL", help_heading = CONFIGURATION)]
     pub(super) log_level: Option<String>,
@@ -202,7 +212,7 @@ pub(super) struct ServeFlags {
     #[arg(long, value_name = "KEY", num_args = 1.., value_delimiter = ',', help_heading = SERVER)]
     pub(super) api_key: Vec<String>,
     /// Seconds that running requests get to finish on SIGTERM
-    #[arg(long, value_name = "SECONDS", default_value = "120", help_heading = SERVER)]
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = whole(0, 86_400), help_heading = SERVER)]
     pub(super) shutdown_timeout: u64,
     #[command(flatten)]
     pub(super) log: LogFlags,
@@ -231,9 +241,10 @@ pub(super) struct RunFlags {
     /// Draw from the likeliest tokens that together reach this share [default: the model's, else 1]
     #[arg(long, value_name = "X", help_heading = SAMPLING)]
     pub(super) top_p: Option<f32>,
-    /// Draw from this many likeliest tokens; 0 for all [default: the model's, else 0]
-    #[arg(long, value_name = "N", help_heading = SAMPLING)]
-    pub(super) top_k: Option<u32>,
+    /// Draw from this many likeliest tokens; 0 or -1 for all [default: the model's, else 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(-1..=i64::from(u32::MAX)),
+          help_heading = SAMPLING)]
+    pub(super) top_k: Option<i64>,
     /// Draw from tokens at least this share as likely as the likeliest [default: the model's, else 0]
     #[arg(long, value_name = "X", help_heading = SAMPLING)]
     pub(super) min_p: Option<f32>,
@@ -282,6 +293,17 @@ pub(super) struct BenchFlags {
 }
 
 /// A whole number from 1 on.
-fn count() -> clap::builder::RangedU64ValueParser<u64> {
-    clap::value_parser!(u64).range(1..=u64::from(u32::MAX))
+fn count() -> impl TypedValueParser<Value = u64> {
+    whole(1, u64::from(u32::MAX))
+}
+
+/// A whole number from `low` to `high`. clap's own parser of `u64` calls -1 an invalid digit and names no range.
+fn whole(low: u64, high: u64) -> impl TypedValueParser<Value = u64> {
+    clap::builder::StringValueParser::new().try_map(move |text| match text.parse::<i128>() {
+        Ok(number) => u64::try_from(number)
+            .ok()
+            .filter(|number| (low..=high).contains(number))
+            .ok_or_else(|| format!("{number} is not in {low}..={high}")),
+        Err(error) => Err(error.to_string()),
+    })
 }

@@ -169,6 +169,59 @@ fn sampling_that_nobody_set_is_left_to_the_model() {
     assert!(parse_with(&["run", "m.gguf", "--min-p", "1.5"], &[]).is_err());
 }
 
+fn run_refusal(arguments: &[&str]) -> String {
+    match parse_with(&[&["run", "m.gguf", "hi"], arguments].concat(), &[]) {
+        Err(Stop::Refused(error)) => error.to_string(),
+        other => panic!("{arguments:?}: {other:?}"),
+    }
+}
+
+#[test]
+fn negative_numbers_are_values_of_their_flag() {
+    for (flag, range) in [
+        ("--port", "-1 is not in 0..=65535"),
+        ("--seed", "-1 is not in 0..=18446744073709551615"),
+        ("--max-num-seqs", "-1 is not in 1..=4294967295"),
+        ("--shutdown-timeout", "-1 is not in 0..=86400"),
+        ("--threads", "-1 is not in 1..=1024"),
+    ] {
+        let message = refusal(&[flag, "-1"], &[]);
+        assert!(message.starts_with(&format!("{flag}: ")) && message.contains(range), "{message}");
+    }
+    assert!(refusal(&["--seed", "1.5"], &[]).starts_with("--seed: invalid value"));
+    assert_eq!(run_refusal(&["--temperature", "-1"]), "--temperature: must lie between 0 and 100");
+    assert!(run_refusal(&["--top-k", "-2"]).contains("-2 is not in -1..=4294967295"));
+    assert!(run_refusal(&["-1"]).contains("unknown argument"));
+    let parsed = parse_with(&["run", "m.gguf", "hi", "--top-k", "-1"], &[]).unwrap();
+    assert!(matches!(parsed.command, Command::Run(config) if config.top_k == Some(0)));
+}
+
+#[test]
+fn impossible_sampling_is_refused_with_the_configuration() {
+    for (flag, value) in
+        [("--top-p", "0"), ("--top-p", "NaN"), ("--min-p", "-0.1"), ("--repetition-penalty", "0")]
+    {
+        let message = run_refusal(&[flag, value]);
+        assert!(message.starts_with(&format!("{flag}: must ")), "{message}");
+    }
+}
+
+#[test]
+fn a_word_that_is_no_level_is_refused() {
+    for good in ["info", "OFF", "warn,tandem_engine=debug", "tandem_engine=trace", "[span{a=1}]=info"] {
+        assert_eq!(serve(&["--log-level", good], &[]).common.log_level.as_deref(), Some(good));
+    }
+    for bad in ["inf", "tandem_engine", "inf,tandem_engine=debug", "tandem_engine=loud"] {
+        assert!(refusal(&["--log-level", bad], &[]).starts_with("--log-level: "), "{bad}");
+    }
+}
+
+#[test]
+fn random_weights_need_a_config_json() {
+    let message = refusal(&["--load-format", "dummy"], &[]);
+    assert!(message.starts_with("--load-format: ") && message.contains("config.json"), "{message}");
+}
+
 #[test]
 fn bench_turns_the_prefix_cache_off() {
     let parsed = parse_with(&["bench", "m.gguf", "--concurrency", "1,4", "--format", "json"], &[]).unwrap();

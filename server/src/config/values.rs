@@ -123,6 +123,9 @@ pub enum LogFormat {
 /// 1024, `KB`, `MB`, … powers of 1000.
 pub(super) fn byte_size(text: &str) -> Result<u64, String> {
     let text = text.trim();
+    if text.starts_with('-') {
+        return Err("not a size; write e.g. 4GiB".to_owned());
+    }
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.' && c != '_').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let unit = unit.trim().to_ascii_lowercase();

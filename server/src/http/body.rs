@@ -9,6 +9,7 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::connection::Busy;
 use super::errors::ApiError;
 use super::limits;
 
@@ -16,22 +17,30 @@ use super::limits;
 ///
 /// Errors: 415 for another type, 413 when it is longer than the limit, 408 when it takes longer than `deadline`, 400
 /// when the client breaks off.
-pub(super) async fn read_json(request: Request, deadline: Duration) -> Result<Bytes, ApiError> {
+///
+/// What is left of an over-long body is read and thrown away beside the 413, which does not wait for it.
+pub(super) async fn read_json(mut request: Request, deadline: Duration) -> Result<Bytes, ApiError> {
     check_type(request.headers())?;
+    let busy = request.extensions_mut().remove::<Busy>();
     let expects_continue = request.headers().contains_key(header::EXPECT);
     let body = request.into_body();
     let announced = body.size_hint().lower();
     if announced > limits::MAX_BODY_BYTES as u64 {
         // A client that asked first has sent nothing yet and will not.
         if !expects_continue {
-            discard(body).await;
+            discard_later(body, busy);
         }
         return Err(ApiError::BodyTooLarge);
     }
-    read(body, announced as usize, Instant::now() + deadline).await
+    read(body, busy, announced as usize, Instant::now() + deadline).await
 }
 
-async fn read(mut body: Body, announced: usize, deadline: Instant) -> Result<Bytes, ApiError> {
+async fn read(
+    mut body: Body,
+    busy: Option<Busy>,
+    announced: usize,
+    deadline: Instant,
+) -> Result<Bytes, ApiError> {
     let mut bytes = BytesMut::with_capacity(announced.min(64 * 1024));
     loop {
         let frame = timeout_at(deadline, body.frame()).await.map_err(|_| ApiError::BodyTimeout)?;
@@ -39,15 +48,23 @@ async fn read(mut body: Body, announced: usize, deadline: Instant) -> Result<Byt
         let frame = frame.map_err(|_| ApiError::malformed("the body could not be read to its end"))?;
         let Ok(data) = frame.into_data() else { continue };
         if bytes.len() + data.len() > limits::MAX_BODY_BYTES {
-            discard(body).await;
+            discard_later(body, busy);
             return Err(ApiError::BodyTooLarge);
         }
         bytes.extend_from_slice(&data);
     }
 }
 
+/// Discards beside the answer. `busy` tells the connection's timer that these bytes are no next request.
+fn discard_later(body: Body, busy: Option<Busy>) {
+    tokio::spawn(async move {
+        discard(body, limits::DISCARD_TIMEOUT).await;
+        drop(busy);
+    });
+}
+
 /// Reads on for a while: a connection closed with unread bytes is reset, and the client would never see the answer.
-pub(super) async fn discard(mut body: Body) {
+pub(super) async fn discard(mut body: Body, limit: Duration) {
     let read_on = async {
         let mut left = limits::MAX_DISCARDED_BYTES;
         while let Some(Ok(frame)) = body.frame().await {
@@ -59,7 +76,7 @@ pub(super) async fn discard(mut body: Body) {
         }
     };
     // Late bytes are the client's loss.
-    let _ = timeout(Duration::from_secs(2), read_on).await;
+    let _ = timeout(limit, read_on).await;
 }
 
 fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {

@@ -127,7 +127,7 @@ fn check_message(message: &Value, path: &str) -> Result<(), ApiError> {
     let Value::Object(message) = message else {
         return Err(ApiError::invalid(path, format!("`{path}` must be an object")));
     };
-    let role = check_role(message, path)?;
+    check_role(message, path)?;
     for name in ["tool_calls", "function_call", "audio"] {
         let asks_for_nothing = message.get(name).is_none_or(|value| match value {
             Value::Null => true,
@@ -141,13 +141,13 @@ fn check_message(message: &Value, path: &str) -> Result<(), ApiError> {
     if message.get("name").is_some_and(|name| !name.is_string() && !name.is_null()) {
         return Err(ApiError::invalid(format!("{path}.name"), format!("`{path}.name` must be a string")));
     }
-    check_content(message.get("content"), role, &format!("{path}.content"))
+    check_content(message.get("content"), &format!("{path}.content"))
 }
 
-fn check_role<'a>(message: &'a Map<String, Value>, path: &str) -> Result<&'a str, ApiError> {
+fn check_role(message: &Map<String, Value>, path: &str) -> Result<(), ApiError> {
     let path = format!("{path}.role");
     match message.get("role").and_then(Value::as_str) {
-        Some(role) if ROLES.contains(&role) => Ok(role),
+        Some(role) if ROLES.contains(&role) => Ok(()),
         Some("tool" | "function") => Err(ApiError::invalid(
             path.as_str(),
             format!("`{path}`: messages of tools are not supported yet"),
@@ -156,11 +156,10 @@ fn check_role<'a>(message: &'a Map<String, Value>, path: &str) -> Result<&'a str
     }
 }
 
-fn check_content(content: Option<&Value>, role: &str, path: &str) -> Result<(), ApiError> {
+/// OpenAI's API lets an assistant's content be absent beside tool calls only; templates fail without.
+fn check_content(content: Option<&Value>, path: &str) -> Result<(), ApiError> {
     let parts = match content {
         Some(Value::String(_)) => return Ok(()),
-        // An assistant that said nothing.
-        None | Some(Value::Null) if role == "assistant" => return Ok(()),
         Some(Value::Array(parts)) if !parts.is_empty() => parts,
         _ => {
             let message = format!("`{path}` must be a string or a list of text parts");
@@ -204,8 +203,8 @@ mod tests {
             with_hello(r#","chat_template_kwargs":{"enable_thinking":false},"add_generation_prompt":false"#),
             with_hello(r#","continue_final_message":false,"logprobs":true,"max_completion_tokens":7"#),
             r#"{"messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}]}"#.into(),
-            r#"{"messages":[{"role":"system","content":"s"},{"role":"assistant"},{"role":"user","content":""}]}"#.into(),
-            r#"{"messages":[{"role":"user","content":"hi","name":"n"},{"role":"assistant","tool_calls":[]}]}"#.into(),
+            r#"{"messages":[{"role":"system","content":"s"},{"role":"assistant","content":""},{"role":"user","content":""}]}"#.into(),
+            r#"{"messages":[{"role":"user","content":"hi","name":"n"},{"role":"assistant","content":"a","tool_calls":[]}]}"#.into(),
         ];
         for body in good {
             parse(&body).unwrap_or_else(|error| panic!("{body}: {error}"));
@@ -229,6 +228,8 @@ mod tests {
             (message(r#"{"role":"tool","content":"x"}"#), "messages[0].role"),
             (message(r#"{"role":"user"}"#), "messages[0].content"),
             (message(r#"{"role":"user","content":null}"#), "messages[0].content"),
+            (message(r#"{"role":"assistant","refusal":"no"}"#), "messages[0].content"),
+            (message(r#"{"role":"assistant","content":null}"#), "messages[0].content"),
             (message(r#"{"role":"user","content":[]}"#), "messages[0].content"),
             (message(r#"{"role":"user","content":7}"#), "messages[0].content"),
             (
@@ -256,6 +257,12 @@ mod tests {
                 other => panic!("{body}: {other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn text_that_is_not_unicode_is_called_so() {
+        let error = parse(r#"{"messages":[{"role":"user","content":"\ud800"}]}"#).unwrap_err();
+        assert!(error.to_string().starts_with("`messages` holds text that is not valid Unicode"), "{error}");
     }
 
     proptest! {

@@ -12,6 +12,8 @@ use crate::text::{Detokenizer, StopMatcher};
 pub(super) struct OutputToken {
     pub(super) id: u32,
     pub(super) logprobs: Option<TokenLogprobs>,
+    /// Characters of text that were complete with this token and not before; stop strings are not yet cut off.
+    pub(super) num_chars: usize,
 }
 
 /// Why a choice ended, in OpenAI's and vLLM's words.
@@ -84,17 +86,26 @@ impl Choice {
 
     /// Takes one token; `stops_here` says that the engine ended the choice with it. True when the text so far matched
     /// a stop string: the engine has to be told.
-    pub(super) fn push(&mut self, token: OutputToken, stops_here: bool, update: &mut Update) -> bool {
+    pub(super) fn push(
+        &mut self,
+        id: u32,
+        logprobs: Option<TokenLogprobs>,
+        stops_here: bool,
+        update: &mut Update,
+    ) -> bool {
         if self.done {
             return false;
         }
         self.num_tokens += 1;
-        let id = token.id;
-        update.tokens.push(token);
-        if stops_here && !self.include_stop {
+        let is_hidden = stops_here && !self.include_stop;
+        let text = match &mut self.detokenizer {
+            Some(detokenizer) if !is_hidden => detokenizer.push(id),
+            _ => String::new(),
+        };
+        update.tokens.push(OutputToken { id, logprobs, num_chars: text.chars().count() });
+        if is_hidden {
             return false;
         }
-        let text = self.detokenizer.as_mut().map_or_else(String::new, |detokenizer| detokenizer.push(id));
         self.push_text(&text, update);
         self.done
     }

@@ -3,7 +3,7 @@
 use serde_json::value::RawValue;
 
 use super::errors::ApiError;
-use super::fields::{Fields, token_id};
+use super::fields::{Fields, NOT_UNICODE, is_not_unicode, token_id};
 use super::limits;
 use super::params::{Params, Route, Rules};
 
@@ -73,7 +73,10 @@ fn list_of_prompts(raw: &RawValue, truncates: bool, rules: &Rules) -> Result<Vec
 }
 
 fn text_prompt(raw: &RawValue, rules: &Rules) -> Result<Prompt, ApiError> {
-    let text: String = serde_json::from_str(raw.get()).map_err(|_| wrong_type())?;
+    let text: String = serde_json::from_str(raw.get()).map_err(|error| match is_not_unicode(&error) {
+        true => ApiError::invalid("prompt", format!("`prompt` {NOT_UNICODE}")),
+        false => wrong_type(),
+    })?;
     if text.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty"));
     }
@@ -170,6 +173,10 @@ mod tests {
             }
         }
         assert!(parse("{}").is_err());
+        for prompt in [r#""a\ud800""#, r#"["a","\udc00b"]"#, r#""\ud800\u0041""#, r#""\ud800\n""#] {
+            let error = parse(&format!(r#"{{"prompt":{prompt}}}"#)).unwrap_err();
+            assert!(error.to_string().contains("not valid Unicode"), "{prompt}: {error}");
+        }
     }
 
     #[test]

@@ -158,16 +158,23 @@ impl Answer {
             self.offsets.resize(update.choice + 1, 0);
         }
         let (mut list, mut offset) = (CompletionLogprobs::default(), self.offsets[update.choice]);
-        if update.first && self.echoes.is_some() {
+        let names = &self.meta.names;
+        if update.first
+            && let Some(echoes) = &self.echoes
+        {
             let prompt = generation.prompt_of(update.choice);
             let scores = prompt.logprobs.as_deref().unwrap_or_default();
-            for (idx, id) in prompt.token_ids.iter().enumerate() {
+            let echoed = echoes[generation.prompt_idx(update.choice)].chars().count();
+            let starts = names.starts(&prompt.token_ids, echoed);
+            for (idx, (id, start)) in prompt.token_ids.iter().zip(starts).enumerate() {
                 let score = scores.get(idx).and_then(Option::as_ref);
-                offset = list.push(&self.meta.names, *id, score, count, offset);
+                list.push(names, *id, score, count, start);
             }
+            offset = echoed;
         }
         for token in &update.tokens {
-            offset = list.push(&self.meta.names, token.id, token.logprobs.as_ref(), count, offset);
+            list.push(names, token.id, token.logprobs.as_ref(), count, offset);
+            offset += token.num_chars;
         }
         self.offsets[update.choice] = offset;
         Some(list)

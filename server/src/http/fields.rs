@@ -174,8 +174,21 @@ impl<'a> Fields<'a> {
 
     fn typed<T: DeserializeOwned>(&mut self, name: &str, expected: &str) -> Result<Option<T>, ApiError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
-        serde_json::from_str(raw.get()).map(Some).map_err(|_| self.wrong_type(name, expected))
+        serde_json::from_str(raw.get()).map(Some).map_err(|error| match is_not_unicode(&error) {
+            true => self.invalid(name, NOT_UNICODE),
+            false => self.wrong_type(name, expected),
+        })
     }
+}
+
+/// What is wrong with text that [`is_not_unicode`].
+pub(super) const NOT_UNICODE: &str = "holds text that is not valid Unicode (half of a surrogate pair)";
+
+/// Whether JSON that was split into fields cannot be read because of a `\u` escape that stands for no character. The
+/// split has checked all else about strings.
+pub(super) fn is_not_unicode(error: &serde_json::Error) -> bool {
+    let text = error.to_string();
+    error.is_syntax() && ["surrogate", "hex escape", "unicode code point"].iter().any(|it| text.contains(it))
 }
 
 /// Reads one token id; `path` names the field in the refusal.

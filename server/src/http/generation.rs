@@ -12,10 +12,12 @@ use std::time::Instant;
 
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tandem_engine::{Event, FinishReason, Request, RequestStream, SamplingParams, TokenLogprobs};
+use tandem_engine::{
+    EngineConfig, Event, FinishReason, Request, RequestStream, SamplingParams, TokenLogprobs,
+};
 
 use super::access_log::RequestLog;
-use super::choice::{Choice, OutputToken, Stops, Update};
+use super::choice::{Choice, Stops, Update};
 use super::errors::ApiError;
 use super::params::Params;
 use super::state::Serving;
@@ -76,6 +78,7 @@ struct Turn {
 impl Generation {
     /// Submits every prompt, or none: a refusal drops (and so cancels) those taken before it.
     pub(super) fn start(job: Job<'_>) -> Result<Self, ApiError> {
+        refuse_long_list(job.prompts.len(), job.serving.engine.config())?;
         let num_choices = job.params.sampling.n as usize;
         let turns = FuturesUnordered::new();
         let mut choices = Vec::with_capacity(job.prompts.len() * num_choices);
@@ -195,9 +198,8 @@ impl Generation {
                 Event::Token { choice, token, logprobs } => {
                     let stops_here = stops_next(events.as_slice(), choice);
                     let idx = prompt_idx * self.num_choices + choice as usize;
-                    let token = OutputToken { id: token, logprobs };
                     let num_before = self.choices[idx].num_tokens();
-                    if self.choices[idx].push(token, stops_here, update_of(updates, idx)) {
+                    if self.choices[idx].push(token, logprobs, stops_here, update_of(updates, idx)) {
                         stream.finish_choice(choice);
                     }
                     self.log.add_output_tokens(self.choices[idx].num_tokens() - num_before);
@@ -212,6 +214,17 @@ impl Generation {
         self.turns.push(turn(prompt_idx, stream));
         Ok(())
     }
+}
+
+/// Every prompt of a list waits, if only until the next step: a list longer than the queue would not fit later either.
+fn refuse_long_list(num_prompts: usize, config: &EngineConfig) -> Result<(), ApiError> {
+    let most = config.max_queued_requests;
+    if num_prompts > 1 && num_prompts > most {
+        let message =
+            format!("`prompt` holds {num_prompts} prompts; this server takes at most {most} at once");
+        return Err(ApiError::invalid("prompt", message));
+    }
+    Ok(())
 }
 
 fn turn(prompt_idx: usize, mut stream: RequestStream) -> Pin<Box<dyn Future<Output = Turn> + Send>> {

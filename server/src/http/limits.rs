@@ -8,7 +8,11 @@ use std::time::Duration;
 /// Largest request body, in bytes.
 pub const MAX_BODY_BYTES: usize = 2 * 1024 * 1024;
 /// How much of an over-long body is read and thrown away, so that the client gets to read its 413.
-pub const MAX_DISCARDED_BYTES: usize = 8 * 1024 * 1024;
+pub const MAX_DISCARDED_BYTES: usize = 64 * 1024 * 1024;
+/// How long that may take beside the answer.
+pub const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the body of a request to a full server is read before its 503.
+pub const OVERLOAD_DISCARD_TIMEOUT: Duration = Duration::from_secs(2);
 /// Deepest nesting of arrays and objects in a request body.
 pub const MAX_JSON_DEPTH: usize = 64;
 /// Largest number of header lines in one request.

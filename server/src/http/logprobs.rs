@@ -87,6 +87,22 @@ impl TokenNames {
         NamedLogprob { token: self.text(id), logprob: logprob.max(FLOOR), bytes: self.bytes(id) }
     }
 
+    /// Where each token starts in the text of a prompt that has `num_chars` characters. A token that was put before the
+    /// client's text is no part of it and starts where the text does.
+    pub(super) fn starts(&self, ids: &[u32], num_chars: usize) -> Vec<usize> {
+        let Some(tokenizer) = &self.tokenizer else { return vec![0; ids.len()] };
+        let mut detokenizer = tokenizer.detokenizer(false);
+        let mut end = 0;
+        let starts = ids.iter().map(|id| {
+            let start = end;
+            end += detokenizer.push(*id).chars().count();
+            start
+        });
+        let starts: Vec<usize> = starts.collect();
+        let added = end.saturating_sub(num_chars);
+        starts.into_iter().map(|start| start.saturating_sub(added)).collect()
+    }
+
     /// One entry of a chat answer with `count` alternatives.
     pub(super) fn chat(&self, logprobs: &TokenLogprobs, count: usize) -> ChatTokenLogprob {
         ChatTokenLogprob {
@@ -114,8 +130,8 @@ impl TokenNames {
 }
 
 impl CompletionLogprobs {
-    /// Appends a token whose text starts `offset` characters into the answer; returns where the next one starts.
-    /// `logprobs` is `None` for the first token of a prompt, which nothing precedes.
+    /// Appends a token before which the answer's text has `offset` characters. The names of tokens do not tell: they may
+    /// be ids, and a token may end inside a character. `logprobs` is `None` for the first token of a prompt, which nothing precedes.
     pub(super) fn push(
         &mut self,
         names: &TokenNames,
@@ -123,14 +139,11 @@ impl CompletionLogprobs {
         logprobs: Option<&TokenLogprobs>,
         count: usize,
         offset: usize,
-    ) -> usize {
-        let text = names.text(id);
-        let next = offset + text.chars().count();
+    ) {
         self.text_offset.push(offset);
         self.token_logprobs.push(logprobs.map(|logprobs| logprobs.logprob.max(FLOOR)));
         self.top_logprobs.push(logprobs.map(|logprobs| TopByText::new(names, logprobs, count)));
-        self.tokens.push(text);
-        next
+        self.tokens.push(names.text(id));
     }
 }
 
@@ -185,11 +198,10 @@ mod tests {
     #[test]
     fn completions_have_parallel_lists_and_the_drawn_token_among_the_best() {
         let mut list = CompletionLogprobs::default();
-        let next = list.push(&NAMES, 3, None, 2, 0);
-        let end = list.push(&NAMES, 7, Some(&logprobs()), 1, next);
-        assert_eq!((next, end), (10, 20));
+        list.push(&NAMES, 3, None, 2, 0);
+        list.push(&NAMES, 7, Some(&logprobs()), 1, 4);
         let expected = json!({
-            "text_offset": [0, 10],
+            "text_offset": [0, 4],
             "token_logprobs": [null, -3.0],
             "tokens": ["token_id:3", "token_id:7"],
             "top_logprobs": [null, {"token_id:1": -0.5, "token_id:7": -3.0}],

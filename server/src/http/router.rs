@@ -75,7 +75,7 @@ async fn route_not_found() -> ApiError {
 
 /// The client gets to read its refusal only if its own bytes have been read.
 async fn refuse_overload(request: Request) -> ApiError {
-    body::discard(request.into_body()).await;
+    body::discard(request.into_body(), limits::OVERLOAD_DISCARD_TIMEOUT).await;
     ApiError::Overloaded
 }
 
@@ -95,7 +95,7 @@ async fn observe(State(state): State<Arc<AppState>>, mut request: Request, next:
     let route = request.extensions().get::<MatchedPath>().map_or("(none)", MatchedPath::as_str).to_owned();
     let quiet = QUIET_ROUTES.contains(&route.as_str());
     let log = RequestLog::new(id.clone(), request.method().to_string(), route, arrival, quiet);
-    let busy = request.extensions_mut().remove::<Busy>();
+    let busy = request.extensions().get::<Busy>().cloned();
     // A drain waits until answers are out, not just until they are known.
     let in_flight = (!quiet).then(|| state.lifecycle.request_started());
     request.extensions_mut().insert(RequestContext { log: log.clone(), arrival, tenant: None });

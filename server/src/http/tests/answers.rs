@@ -59,6 +59,24 @@ async fn echo_repeats_and_scores_the_prompt() {
 }
 
 #[tokio::test]
+async fn offsets_count_characters_of_the_text_whatever_tokens_are_called() {
+    let server = Server::plain().await;
+    for as_ids in [false, true] {
+        // Two tokens are one character, and what is drawn after its second byte is an a.
+        let body = json!({"prompt": "aé", "max_tokens": 2, "echo": true, "logprobs": 0,
+                          "return_tokens_as_token_ids": as_ids});
+        let choice = &server.complete(body).await.json()["choices"][0];
+        assert_eq!(choice["text"], "aéab");
+        assert_eq!(choice["logprobs"]["text_offset"], json!([0, 1, 1, 2, 3]), "{as_ids}");
+        let names = &choice["logprobs"]["tokens"];
+        assert_eq!(names[0], if as_ids { "token_id:97" } else { "a" });
+    }
+    let body = json!({"prompt": [120], "max_tokens": 5, "logprobs": 0, "return_tokens_as_token_ids": true});
+    let choice = &server.complete(body).await.json()["choices"][0];
+    assert_eq!((&choice["text"], &choice["logprobs"]["text_offset"]), (&json!("yz"), &json!([0, 1, 2])));
+}
+
+#[tokio::test]
 async fn stop_strings_and_tokens_end_a_choice_where_they_should() {
     let server = Server::plain().await;
     let cases = [

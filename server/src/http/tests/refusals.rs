@@ -1,12 +1,14 @@
 //! What bad, unknown and unlucky requests get.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tandem_engine::EngineConfig;
 
 use super::toy::engine_config;
 use super::{Server, Setup, get, post};
+use crate::http::state::Timeouts;
 
 #[tokio::test]
 async fn refusals_have_their_status_type_and_param() {
@@ -57,6 +59,31 @@ async fn refusals_have_their_status_type_and_param() {
     let long_body = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(2 << 20));
     assert_eq!(server.request(post("/v1/completions", &long_body, "")).await.error().0, 413);
     assert_eq!(server.snapshot().admitted, 0, "nothing of this reached the engine");
+}
+
+#[tokio::test]
+async fn an_over_long_body_is_refused_before_it_has_come() {
+    let timeouts = Timeouts { header: Duration::from_millis(50), ..Timeouts::default() };
+    let server = Server::start(Setup { timeouts, ..Setup::default() }).await;
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\n";
+    let length = 4 << 20;
+    let mut connection = server.connect().await;
+    connection.send(format!("{head}content-length: {length}\r\n\r\nx").as_bytes()).await;
+    let started = Instant::now();
+    let answer = connection.answer().await;
+    assert!(started.elapsed() < Duration::from_secs(1));
+    assert_eq!((answer.error().0, answer.header("connection")), (413, Some("close")));
+    // The rest is taken, in peace, before the connection ends.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    connection.send(&vec![b'x'; length - 1]).await;
+    assert!(connection.is_closed().await);
+
+    // Of a length that nobody announced: it is known to be too long when it is.
+    let mut connection = server.connect().await;
+    let chunk = [format!("{:x}\r\n", 3 << 20).into_bytes(), vec![b'x'; 3 << 20], b"\r\n".to_vec()].concat();
+    connection.send(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes()).await;
+    connection.send(&chunk).await;
+    assert_eq!(connection.answer().await.error().0, 413);
 }
 
 #[tokio::test]
@@ -125,6 +152,15 @@ async fn overload_is_a_503_and_queued_clients_may_leave() {
     server.until("left the queue", |s| s.cancelled == 1 && s.waiting == 0 && s.running == 1).await;
     drop(running);
     server.until("all gone", |s| s.cancelled == 2 && s.in_flight == 0).await;
+}
+
+#[tokio::test]
+async fn a_list_longer_than_the_queue_is_no_overload() {
+    let engine = EngineConfig { max_queued_requests: 2, ..engine_config() };
+    let server = Server::start(Setup { engine, ..Setup::default() }).await;
+    let list = |length: usize| json!({"prompt": vec!["a"; length], "max_tokens": 1});
+    assert_eq!(server.complete(list(3)).await.error(), (400, "BadRequestError".into(), json!("prompt")));
+    assert_eq!(server.complete(list(2)).await.status, 200);
 }
 
 #[tokio::test]
