@@ -238,7 +238,8 @@ impl<'a> Job<'a> {
                     x_scaled_sums: self.x.scaled_sums.add(x_group),
                     groups: self.x.groups,
                     steps: steps.len(),
-                    ahead: self.ahead(),
+                    // The first tile brings the panels in for those below it.
+                    ahead: if tile == 0 { self.ahead() } else { 0 },
                     out: out.add(row * TILE_STRIDE + panel * LANES),
                 };
                 kernels[tall](self.isa, &args);

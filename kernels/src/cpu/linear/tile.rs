@@ -49,7 +49,7 @@ pub(super) struct TileArgs {
     pub(super) groups: usize,
     /// Steps along K: values (f32), pairs (bf16) or blocks of 32.
     pub(super) steps: usize,
-    /// Bytes ahead of the weights and scales being read that tiles of few rows prefetch.
+    /// Bytes ahead of the weights and scales being read that are prefetched; 0 for tiles that find them in the cache.
     pub(super) ahead: usize,
     pub(super) out: *mut f32,
 }
@@ -111,15 +111,15 @@ entries! {
 }
 
 /// Asks for the `BYTES` of each panel's weights, and the line of its scales at `scales_at`, that lie `ahead` of what is
-/// being read. Nothing for tiles of many rows, which are bound by arithmetic.
+/// being read.
 #[inline(always)]
-unsafe fn prefetch<S: Simd, const R: usize, const C: usize, const BYTES: usize>(
+unsafe fn prefetch<S: Simd, const C: usize, const BYTES: usize>(
     s: S,
     t: &TileArgs,
     at: usize,
     scales_at: Option<usize>,
 ) {
-    if const { R > 2 } {
+    if t.ahead == 0 {
         return;
     }
     for c in 0..C {
@@ -152,7 +152,7 @@ impl<const R: usize, const C: usize> Kernel for F32Tile<'_, R, C> {
         let t = self.0;
         let mut acc = [[s.splat(0.0); C]; R];
         for step in 0..t.steps {
-            prefetch::<S, R, C, 64>(s, t, step * 64, None);
+            prefetch::<S, C, 64>(s, t, step * 64, None);
             let mut w = [s.splat(0.0); C];
             for c in 0..C {
                 w[c] = s.load(t.weights[c].add(step * 64).cast());
@@ -179,7 +179,7 @@ impl<const R: usize, const C: usize> Kernel for Bf16Tile<'_, R, C> {
         let t = self.0;
         let mut acc = [[s.splat(0.0); C]; R];
         for step in 0..t.steps {
-            prefetch::<S, R, C, 64>(s, t, step * 64, None);
+            prefetch::<S, C, 64>(s, t, step * 64, None);
             let mut w = [s.splat_i(0); C];
             for c in 0..C {
                 w[c] = s.load_i(t.weights[c].add(step * 64));
@@ -234,7 +234,7 @@ impl<
                     nibble_dot::<S, R, C>(s, t, block, x, dot)
                 };
             }
-            prefetch_block::<S, R, C, SOURCE>(s, t, block, scale_stride * 2);
+            prefetch_block::<S, C, SOURCE>(s, t, block, scale_stride * 2);
             for c in 0..C {
                 let scales = t.scales[c].add(block * scale_stride);
                 let d = s.load_f16(scales);
@@ -274,16 +274,16 @@ unsafe fn zero_sum<S: Simd, const SOURCE: u8, const ZERO_POINT: u8>(
 }
 
 #[inline(always)]
-unsafe fn prefetch_block<S: Simd, const R: usize, const C: usize, const SOURCE: u8>(
+unsafe fn prefetch_block<S: Simd, const C: usize, const SOURCE: u8>(
     s: S,
     t: &TileArgs,
     block: usize,
     scale_bytes: usize,
 ) {
     if SOURCE == BYTES {
-        prefetch::<S, R, C, 512>(s, t, block * 512, Some(block * scale_bytes));
+        prefetch::<S, C, 512>(s, t, block * 512, Some(block * scale_bytes));
     } else {
-        prefetch::<S, R, C, 256>(s, t, block * 256, Some(block * scale_bytes));
+        prefetch::<S, C, 256>(s, t, block * 256, Some(block * scale_bytes));
     }
 }
 
