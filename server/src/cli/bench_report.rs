@@ -128,7 +128,8 @@ impl Report {
         for (concurrency, what, share) in shares {
             if !(0.0..=1.0).contains(&share) {
                 return Err(format!(
-                    "{what} at concurrency {concurrency} reached {share:.2} of a limit: the limit was measured wrongly"
+                    "{what} at concurrency {concurrency} reached {share:.2} of a limit: the limit was measured on a busy \
+                     machine, or the model is so small that it is read from the caches"
                 ));
             }
         }
