@@ -122,3 +122,138 @@ fn logprobs(cpu: &Cpu, raw: &[f32], token: u32, top: usize) -> TokenLogprobs {
         top: best.into_iter().map(|(id, logit)| (id, logit - log_sum)).collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::penalties::TokenUse;
+    use tandem_kernels::cpu::CpuOptions;
+
+    const VOCAB: usize = 8;
+    const LOGITS: [f32; VOCAB] = [0.5, 2.0, -1.0, 1.9, 0.0, -3.0, 1.0, 0.9];
+
+    fn plain() -> Draw<'static> {
+        Draw {
+            key: NoiseKey { seed: 1, choice: 0, position: 5 },
+            used_tokens: &[],
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: &[],
+            allowed_token_ids: None,
+            banned_token_ids: &[],
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+        }
+    }
+
+    fn answer(logits: &[f32], kind: RowKind<'_>, logprobs: Option<usize>) -> Result<SampledToken, RowError> {
+        let cpu = Cpu::new(CpuOptions { threads: Some(1), ..CpuOptions::default() }).expect("a CPU");
+        let row = SampleRow { logits_row: (logits.len() / VOCAB - 1) as u32, kind, logprobs };
+        RowSampler::new(VOCAB).sample(&cpu, logits, &row)
+    }
+
+    fn token(draw: Draw<'_>) -> u32 {
+        answer(&LOGITS, RowKind::Sample(draw), None).expect("something can be drawn").token
+    }
+
+    /// How often each token is drawn over many positions.
+    fn shares(draw: Draw<'_>) -> [f64; VOCAB] {
+        const DRAWS: u32 = 4000;
+        let mut counts = [0.0; VOCAB];
+        for position in 0..DRAWS {
+            let key = NoiseKey { position, ..draw.key };
+            counts[token(Draw { key, ..draw }) as usize] += 1.0 / f64::from(DRAWS);
+        }
+        counts
+    }
+
+    fn softmax(logits: impl Iterator<Item = f32>) -> Vec<f64> {
+        let weights: Vec<f64> = logits.map(|logit| f64::from(logit).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        weights.iter().map(|weight| weight / sum).collect()
+    }
+
+    #[test]
+    fn greedy_follows_each_adjustment() {
+        assert_eq!(token(plain()), 1);
+        assert_eq!(token(Draw { logit_bias: &[(4, 2.5)], ..plain() }), 4);
+        assert_eq!(token(Draw { banned_token_ids: &[1, 3], ..plain() }), 6);
+        assert_eq!(token(Draw { allowed_token_ids: Some(&[5, 2]), ..plain() }), 2);
+        assert_eq!(token(Draw { allowed_token_ids: Some(&[5, 2]), banned_token_ids: &[2], ..plain() }), 5);
+    }
+
+    #[test]
+    fn penalties_see_prompt_and_output() {
+        let used = |in_prompt, output_count| [TokenUse { token: 1, in_prompt, output_count }];
+        let repeated =
+            |used: &[TokenUse]| token(Draw { used_tokens: used, repetition_penalty: 1.1, ..plain() });
+        assert_eq!((repeated(&used(true, 0)), repeated(&used(false, 1))), (3, 3));
+        let present = |used: &[TokenUse]| token(Draw { used_tokens: used, presence_penalty: 0.2, ..plain() });
+        assert_eq!((present(&used(true, 0)), present(&used(false, 1))), (1, 3));
+        let frequent =
+            |used: &[TokenUse]| token(Draw { used_tokens: used, frequency_penalty: 0.06, ..plain() });
+        assert_eq!((frequent(&used(false, 1)), frequent(&used(false, 2))), (1, 3));
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_that_is_left() {
+        let close = |found: [f64; VOCAB], expected: &[f64]| {
+            found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 0.03 && (*b > 0.0 || *a == 0.0))
+        };
+        let warm = Draw { temperature: 0.7, ..plain() };
+        assert!(close(shares(warm), &softmax(LOGITS.iter().map(|logit| logit / 0.7))));
+        let kept = |ids: &[usize]| {
+            let masked = LOGITS.iter().enumerate();
+            softmax(masked.map(|(id, logit)| if ids.contains(&id) { *logit } else { f32::NEG_INFINITY }))
+        };
+        let full = Draw { temperature: 1.0, ..plain() };
+        assert!(close(shares(Draw { top_k: 2, ..full }), &kept(&[1, 3])));
+        assert!(close(shares(Draw { top_p: 0.5, ..full }), &kept(&[1, 3])));
+        assert!(close(shares(Draw { min_p: 0.35, ..full }), &kept(&[1, 3, 6])));
+        assert!(close(shares(Draw { top_k: 2, banned_token_ids: &[1], ..full }), &kept(&[3, 6])));
+    }
+
+    #[test]
+    fn the_same_key_draws_the_same_and_choices_differ() {
+        let draw = |choice| {
+            (0..64).map(move |position| {
+                token(Draw { key: NoiseKey { seed: 9, choice, position }, temperature: 1.0, ..plain() })
+            })
+        };
+        assert!(draw(0).eq(draw(0)));
+        assert!(!draw(0).eq(draw(1)));
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_raw_row() {
+        let expected = softmax(LOGITS.into_iter());
+        let draw = Draw { banned_token_ids: &[1], logit_bias: &[(6, 9.0)], ..plain() };
+        // The second row of two: the first must not matter.
+        let logits: Vec<f32> = [[f32::NAN; VOCAB], LOGITS].concat();
+        for (kind, id) in [(RowKind::Sample(draw), 6), (RowKind::Score { target: 2 }, 2)] {
+            let sampled = answer(&logits, kind, Some(3)).expect("a good row");
+            let logprobs = sampled.logprobs.expect("asked for");
+            assert_eq!((sampled.token, logprobs.token), (id, id));
+            assert!((f64::from(logprobs.logprob) - expected[id as usize].ln()).abs() < 1e-5);
+            assert_eq!(
+                logprobs.rank,
+                1 + LOGITS.iter().filter(|logit| **logit > LOGITS[id as usize]).count() as u32
+            );
+            assert_eq!(logprobs.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 3, 6]);
+        }
+    }
+
+    #[test]
+    fn bad_rows_are_errors_of_their_own() {
+        let nan = [[0.0, f32::NAN].as_slice(), &[0.0; 6]].concat();
+        assert_eq!(answer(&nan, RowKind::Sample(plain()), None), Err(RowError::NotFinite));
+        let masked = Draw { allowed_token_ids: Some(&[2]), banned_token_ids: &[2], ..plain() };
+        for temperature in [0.0, 1.0] {
+            let draw = RowKind::Sample(Draw { temperature, ..masked });
+            assert_eq!(answer(&LOGITS, draw, None), Err(RowError::AllMasked));
+        }
+    }
+}
