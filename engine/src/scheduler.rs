@@ -3,9 +3,9 @@
 //! Continuous batching under a budget of tokens and sequences. Sequences are ordered by (priority,
 //! submission, choice), and memory follows that order strictly: who runs short of blocks takes them from the
 //! last in order, itself included. Decodes have their token of the budget first, the rest goes to prompts in
-//! order, running and waiting ones alike. A new sequence is admitted only while nobody was preempted in the same step and its whole prompt
-//! fits with a block to spare for everyone running, and nobody overtakes it. So the first in order always
-//! advances, and nobody starves within a priority.
+//! order, running and waiting ones alike. A new sequence is admitted only while nobody was preempted in the
+//! same step and its whole prompt fits with a block to spare for everyone running, and nobody overtakes it. So
+//! the first in order always advances, and nobody starves within a priority.
 //!
 //! A sequence whose reader is behind is paused: it keeps its blocks until somebody needs them, and is the
 //! first to lose them. Preemption forgets computed KV, never tokens: prompt and output are computed again.
@@ -287,8 +287,8 @@ impl Scheduler {
         pass.schedule.preempted = true;
     }
 
-    /// Takes waiting sequences of a range in, in order, as long as they fit. False when one did not: whoever does not
-    /// fit is not overtaken.
+    /// Takes waiting sequences of a range in, in order, as long as they fit and budget is left. False when nobody
+    /// further is to be taken in: whoever does not fit is not overtaken.
     fn admit(
         &mut self,
         range: (Bound<SequenceKey>, Bound<SequenceKey>),
@@ -298,6 +298,10 @@ impl Scheduler {
         let (mut seen, end) = range;
         while let Some(&key) = self.waiting.range((seen, end)).find(|key| is_ready(key)) {
             seen = Bound::Excluded(key);
+            // Said before the cache is searched for a prompt that could not run anyway.
+            if pass.prompt_tokens == 0 {
+                return false;
+            }
             // Paused sequences make way, if that helps.
             let (admission, num_tokens) = loop {
                 let admission = self.look(&key);

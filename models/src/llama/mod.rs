@@ -19,7 +19,8 @@ use crate::config::ModelConfig;
 /// How a model is laid out in memory and computed.
 #[derive(Debug, Clone, Copy)]
 pub struct LlamaOptions {
-    /// Arithmetic class of the linear layers. What a layer's weights cannot do falls back to a more exact class.
+    /// Arithmetic class of the linear layers. What a layer's weights cannot do falls back to a more exact class, and with
+    /// int8 the projection of queries, keys and values takes int16.
     pub activations: Activations,
     /// `T`: most tokens of one step.
     pub max_tokens: usize,

@@ -193,7 +193,7 @@ pub(super) struct ServeFlags {
     pub(super) memory: MemoryFlags,
     #[command(flatten)]
     pub(super) scheduling: SchedulingFlags,
-    /// Requests that may wait; beyond, they are refused
+    /// Requests that may wait; beyond, and beyond this and --max-num-seqs together in flight, they are refused
     #[arg(long, value_name = "N", default_value = "1024", value_parser = count(), help_heading = SCHEDULING)]
     pub(super) max_num_queued_reqs: u64,
     /// Address to listen on

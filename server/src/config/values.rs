@@ -35,7 +35,7 @@ pub enum Dtype {
 pub enum Activations {
     /// int8 for quantised weights, else the weights' own.
     Auto,
-    /// One scale for each 32 values.
+    /// 8 bits with a scale for each 32 values; 16 for queries, keys and values.
     Int8,
     /// 16 bits: brain floating point, or integers beside quantised weights.
     #[value(alias = "bfloat16", alias = "int16")]
