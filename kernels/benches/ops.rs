@@ -108,9 +108,9 @@ fn prefill(cpu: &Cpu, limits: &Limits) {
         ] {
             let weights = linear(cpu, dtype, n, k, class, segments);
             let mut x = Activation::new(t, k, class);
-            cpu.quantize(&Random(7).values(t * k), &mut x);
+            cpu.team().quantize(&Random(7).values(t * k), &mut x);
             let mut out = Buffer::zeroed(t * n);
-            let time = best(|| cpu.linear(&weights, &x, &mut out, Epilogue::Store)).as_secs_f64();
+            let time = best(|| cpu.team().linear(&weights, &x, &mut out, Epilogue::Store)).as_secs_f64();
             let rate = (2 * t * n * k) as f64 / time;
             println!(
                 "  {dtype:>5} x {class:<5} {t:>4} x {n:>5} x {k:>5}: {:7.1} us {:6.3} T/s {:5.1} %",
@@ -130,10 +130,11 @@ fn decode(cpu: &Cpu, limits: &Limits) {
             let layers: Vec<Linear> =
                 (0..(160 << 20) / one.bytes()).map(|_| linear(cpu, dtype, n, k, class, 1)).collect();
             let mut x = Activation::new(1, k, class);
-            cpu.quantize(&Random(7).values(k), &mut x);
+            cpu.team().quantize(&Random(7).values(k), &mut x);
             let mut out = Buffer::zeroed(n);
-            let time =
-                best(|| layers.iter().for_each(|weights| cpu.linear(weights, &x, &mut out, Epilogue::Store)));
+            let time = best(|| {
+                layers.iter().for_each(|weights| cpu.team().linear(weights, &x, &mut out, Epilogue::Store))
+            });
             let rate = (one.bytes() * layers.len()) as f64 / time.as_secs_f64() / 1e9;
             println!(
                 "  {dtype:>5} x {class:<5} {n:>5} x {k:>5}: {:6.2} us each {rate:6.1} GB/s {:5.1} %",
@@ -193,11 +194,11 @@ fn small(cpu: &Cpu) {
     let x = Random(3).values(t * e);
     let weight = Random(4).values(e);
     let mut out = Activation::new(t, e, Activations::Int8);
-    report("rms norm to int8, 512 x 576", best(|| cpu.rms_norm(&x, &weight, 1e-5, &mut out)));
-    report("rms norm to int8, 1 x 576", best(|| cpu.rms_norm(&x[..e], &weight, 1e-5, &mut out)));
-    report("quantize to int8, 512 x 576", best(|| cpu.quantize(&x, &mut out)));
+    report("rms norm to int8, 512 x 576", best(|| cpu.team().rms_norm(&x, &weight, 1e-5, &mut out)));
+    report("rms norm to int8, 1 x 576", best(|| cpu.team().rms_norm(&x[..e], &weight, 1e-5, &mut out)));
+    report("quantize to int8, 512 x 576", best(|| cpu.team().quantize(&x, &mut out)));
     out.set_class(Activations::Bf16);
-    report("quantize to bf16, 512 x 576", best(|| cpu.quantize(&x, &mut out)));
+    report("quantize to bf16, 512 x 576", best(|| cpu.team().quantize(&x, &mut out)));
 
     let config =
         KvCacheConfig { num_layers: 1, num_kv_heads: 3, head_dim: 64, num_blocks: 32, dtype: KvDType::Bf16 };

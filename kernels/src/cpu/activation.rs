@@ -16,7 +16,7 @@
 //! A NaN or infinity in a block of an int8 row makes its scale NaN, so that every output of the row is NaN: a bad row
 //! must never look like a good one. Blocks below 1e-35 count as zero (their reciprocal scale would overflow).
 
-use super::Cpu;
+use super::Team;
 use super::buffer::{Bytes, SharedMut};
 use super::simd::{Kernel, Simd, dispatch};
 use crate::Activations;
@@ -160,46 +160,46 @@ impl RowWriter {
     /// `row` is below the rows given to `writer`, and no other worker writes it.
     #[inline(always)]
     pub(crate) unsafe fn write<S: Simd>(&self, s: S, row: usize, source: &impl Source) {
+        for group in 0..self.groups {
+            self.write_group(s, row, group, source.group(s, group));
+        }
+    }
+
+    /// Rounds 32 values into one group of a row.
+    ///
+    /// # Safety
+    /// As `write`, and `group` is inside the row.
+    #[inline(always)]
+    pub(crate) unsafe fn write_group<S: Simd>(&self, s: S, row: usize, group: usize, [a, b]: [S::F; 2]) {
         let values = self.values.get().add(row * self.row_bytes);
-        let first_group = row * self.groups;
         match self.class {
             Activations::F32 => {
-                for group in 0..self.groups {
-                    let [a, b] = source.group(s, group);
-                    let out = values.cast::<f32>().add(group * GROUP);
-                    s.store(out, a);
-                    s.store(out.add(16), b);
-                }
+                let out = values.cast::<f32>().add(group * GROUP);
+                s.store(out, a);
+                s.store(out.add(16), b);
             }
             Activations::Bf16 => {
-                for group in 0..self.groups {
-                    let [a, b] = source.group(s, group);
-                    let out = values.cast::<u16>().add(group * GROUP);
-                    s.store_bf16(out, a);
-                    s.store_bf16(out.add(16), b);
-                }
+                let out = values.cast::<u16>().add(group * GROUP);
+                s.store_bf16(out, a);
+                s.store_bf16(out.add(16), b);
             }
             Activations::Int8 => {
-                for group in 0..self.groups {
-                    let quantized = quantize_group(s, source.group(s, group), INT8_MAX);
-                    let out = values.cast::<i8>().add(group * GROUP);
-                    s.store_bytes(out, quantized.values[0]);
-                    s.store_bytes(out.add(16), quantized.values[1]);
-                    self.write_sums(first_group + group, &quantized);
-                }
+                let quantized = quantize_group(s, [a, b], INT8_MAX);
+                let out = values.cast::<i8>().add(group * GROUP);
+                s.store_bytes(out, quantized.values[0]);
+                s.store_bytes(out.add(16), quantized.values[1]);
+                self.write_sums(row * self.groups + group, &quantized);
             }
             Activations::Int16 => {
-                for group in 0..self.groups {
-                    let quantized = quantize_group(s, source.group(s, group), INT16_MAX);
-                    let out = values.cast::<i8>().add(group * 2 * GROUP);
-                    for (half, value) in quantized.values.into_iter().enumerate() {
-                        // Nearest multiple of 128, so that what is left is in -64..64.
-                        let high = s.sar::<7>(s.add_i(value, s.splat_i(64)));
-                        s.store_bytes(out.add(16 * half), high);
-                        s.store_bytes(out.add(GROUP + 16 * half), s.sub_i(value, s.shl::<7>(high)));
-                    }
-                    self.write_sums(first_group + group, &quantized);
+                let quantized = quantize_group(s, [a, b], INT16_MAX);
+                let out = values.cast::<i8>().add(group * 2 * GROUP);
+                for (half, value) in quantized.values.into_iter().enumerate() {
+                    // Nearest multiple of 128, so that what is left is in -64..64.
+                    let high = s.sar::<7>(s.add_i(value, s.splat_i(64)));
+                    s.store_bytes(out.add(16 * half), high);
+                    s.store_bytes(out.add(GROUP + 16 * half), s.sub_i(value, s.shl::<7>(high)));
                 }
+                self.write_sums(row * self.groups + group, &quantized);
             }
         }
     }
@@ -291,7 +291,7 @@ impl Kernel for QuantizeRows<'_> {
     }
 }
 
-impl Cpu {
+impl Team<'_> {
     /// Rounds the rows of `x` f32 [T, cols] into `out`.
     ///
     /// # Panics
@@ -305,25 +305,6 @@ impl Cpu {
             let kernel = QuantizeRows { x, rows, out };
             // SAFETY: x holds every row, ranges are disjoint and below the writer's rows.
             unsafe { dispatch(isa, kernel) };
-        });
-    }
-
-    /// Splits `rows` of `cols` values over the workers in ranges; small work stays on the caller, where a fork-join
-    /// would cost more than it saves.
-    pub(crate) fn for_row_ranges(
-        &self,
-        rows: usize,
-        cols: usize,
-        job: impl Fn(std::ops::Range<usize>) + Sync,
-    ) {
-        const WORTH_A_FORK: usize = 16 * 1024;
-        if rows * cols < WORTH_A_FORK || rows < 2 {
-            return job(0..rows);
-        }
-        let per_item = rows.div_ceil(4 * self.threads()).max(1);
-        self.pool.run_items(rows.div_ceil(per_item), |_, item| {
-            let start = item * per_item;
-            job(start..rows.min(start + per_item));
         });
     }
 }
@@ -361,7 +342,7 @@ mod tests {
             x[..6].copy_from_slice(&[127.0, 0.5, 1.5, -2.5, -126.5, 3.49]);
             x[32] = -1e-36;
             let mut a = Activation::new(1, 64, Activations::Int8);
-            cpu.quantize(&x, &mut a);
+            cpu.team().quantize(&x, &mut a);
             let (values, scales, sums) = int8_row(&a, 0);
             assert_eq!(values[..7], [127, 0, 2, -2, -126, 3, 0], "{}", cpu.isa());
             assert_eq!((scales[0], scales[1]), (1.0, 0.0));
@@ -379,12 +360,12 @@ mod tests {
             let mut expected = None;
             for cpu in backends(2) {
                 let mut a = Activation::new(5, cols, Activations::Int8);
-                cpu.quantize(&x, &mut a);
+                cpu.team().quantize(&x, &mut a);
                 let rows: Vec<_> = (0..5).map(|row| int8_row(&a, row)).collect();
                 assert_eq!(*expected.get_or_insert(rows.clone()), rows, "{} cols {cols}", cpu.isa());
 
                 a.set_class(Activations::Bf16);
-                cpu.quantize(&x, &mut a);
+                cpu.team().quantize(&x, &mut a);
                 let view = a.view();
                 for (i, x) in x.iter().enumerate() {
                     // SAFETY: written just above.
@@ -404,7 +385,7 @@ mod tests {
                 let mut x = vec![1.0f32; 64];
                 x[40] = bad;
                 let mut a = Activation::new(1, 64, Activations::Int8);
-                cpu.quantize(&x, &mut a);
+                cpu.team().quantize(&x, &mut a);
                 let (_, scales, _) = int8_row(&a, 0);
                 assert!(scales[0].is_finite() && scales[1].is_nan());
             }

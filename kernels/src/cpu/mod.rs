@@ -5,6 +5,7 @@
 //! * [`pack`] repacks weights once at load, [`linear`] multiplies them, [`embed`] reads rows back.
 //! * [`activation`] holds the input of a linear layer in its numeric class; [`norm`] and `quantize` fill it.
 //! * [`kv_cache`], [`rope`] and [`attention`] are the paged cache and what writes and reads it.
+//! * [`team`] says who does an operation: all workers, or each its own rows.
 //! * [`reference`] is the plain oracle that tests compare with.
 //!
 //! # Threads
@@ -33,6 +34,7 @@ mod pool;
 pub(crate) mod reference;
 mod rope;
 pub(crate) mod simd;
+mod team;
 mod threads;
 
 use std::cell::RefCell;
@@ -44,6 +46,7 @@ pub use kv_cache::{BLOCK_SIZE, KvCache, KvCacheConfig, MAX_HEAD_DIM};
 pub use linear::Epilogue;
 pub use pack::{Layout, Linear, LinearSpec, MAX_SEGMENTS, Part, SegmentPlan};
 pub use rope::Rope;
+pub use team::{BLOCK_ROWS, Team};
 pub use threads::default_threads;
 
 pub(crate) use buffer::Bytes;
@@ -98,6 +101,16 @@ impl Cpu {
 
     pub fn threads(&self) -> usize {
         self.pool.threads()
+    }
+
+    /// As [`Team`]'s, on all workers.
+    pub(crate) fn for_row_ranges(
+        &self,
+        rows: usize,
+        cols: usize,
+        job: impl Fn(std::ops::Range<usize>) + Sync,
+    ) {
+        self.team().for_row_ranges(rows, cols, job);
     }
 
     pub(crate) const fn detected(&self) -> Detected {

@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use super::activation::{GROUP, RowWriter, Source, load_group, whole_rows};
 use super::simd::{Kernel, Simd, dispatch};
-use super::{Activation, Cpu};
+use super::{Activation, Cpu, Team};
 
-impl Cpu {
+impl Team<'_> {
     /// Rows of `out` = x / sqrt(mean(x²) + eps) · weight for every row of `x` f32 [T, E], rounded to the class of `out`.
     ///
     /// # Panics
@@ -48,7 +48,9 @@ impl Cpu {
             unsafe { dispatch(isa, kernel) };
         });
     }
+}
 
+impl Cpu {
     /// `x += y`, elementwise.
     ///
     /// # Panics
@@ -139,7 +141,7 @@ mod tests {
             let (x, weight) = (random.vec(3 * cols), random.vec(cols));
             for cpu in backends(2) {
                 let mut out = Activation::new(3, cols, Activations::F32);
-                cpu.rms_norm(&x, &weight, 1e-5, &mut out);
+                cpu.team().rms_norm(&x, &weight, 1e-5, &mut out);
                 for row in 0..3 {
                     let expected = reference::rms_norm(&x[row * cols..][..cols], &weight, 1e-5);
                     for (got, expected) in reference::f32_row(&out, row).iter().zip(expected) {
@@ -152,7 +154,7 @@ mod tests {
                 }
                 let picked = [2, 0];
                 let mut some = Activation::new(2, cols, Activations::F32);
-                cpu.rms_norm_rows(&x, &picked, &weight, 1e-5, &mut some);
+                cpu.team().rms_norm_rows(&x, &picked, &weight, 1e-5, &mut some);
                 assert_eq!(reference::f32_row(&some, 0), reference::f32_row(&out, 2));
                 assert_eq!(reference::f32_row(&some, 1), reference::f32_row(&out, 0));
             }

@@ -1,11 +1,13 @@
 //! From tensors by name to packed weights.
 
+use std::sync::Mutex;
+
 use tandem_kernels::cpu::{
-    Activation, Buffer, Cpu, Layout, Linear, LinearSpec, MAX_SEGMENTS, Part, Rope, SegmentPlan,
+    Activation, BLOCK_ROWS, Buffer, Cpu, Layout, Linear, LinearSpec, MAX_SEGMENTS, Part, Rope, SegmentPlan,
 };
 use tandem_kernels::{Activations, KernelError};
 
-use super::{Layer, Llama, LlamaOptions, Workspace};
+use super::{Inputs, Layer, Llama, LlamaOptions, Workspace};
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::weights::{RowOrder, Tensor, WeightSource};
@@ -31,11 +33,15 @@ impl Llama {
             .then(|| loader.linear(&["model.embed_tokens"], plain))
             .transpose()?;
         let head = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
-        let lm_head = loader.linear(&[head], plain)?;
-        let layers =
-            (0..config.num_layers).map(|index| loader.layer(index, segments)).collect::<Result<_, _>>()?;
+        let lm_head = loader.linear(&[head], loader.precise())?;
+        let last = config.num_layers - 1;
+        let layer = |index| {
+            let spec = if index == last { loader.precise() } else { plain };
+            loader.layer(index, spec, segments)
+        };
+        let layers = (0..config.num_layers).map(layer).collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight")?;
-        let work = Workspace::new(&config, &options);
+        let work = Workspace::new(&config, &options, cpu.threads());
         Ok(Self { config, options, embedding, layers, norm, lm_head, work })
     }
 }
@@ -65,17 +71,16 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn layer(&self, index: usize, segments: SegmentPlan) -> Result<Layer, ModelError> {
+    fn layer(&self, index: usize, plain: LinearSpec, segments: SegmentPlan) -> Result<Layer, ModelError> {
         let in_layer = |part: &str| format!("model.layers.{index}.{part}");
         let linear = |parts: &[&str], spec| {
             let names: Vec<String> = parts.iter().map(|part| in_layer(part)).collect();
             self.linear(&names, spec)
         };
-        let plain = self.plain();
         let row_parallel = LinearSpec { segments, ..plain };
         Ok(Layer {
             attention_norm: self.vector(&in_layer("input_layernorm.weight"))?,
-            qkv: linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], self.precise())?,
+            qkv: linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], plain)?,
             attention_output: linear(&["self_attn.o_proj"], row_parallel)?,
             mlp_norm: self.vector(&in_layer("post_attention_layernorm.weight"))?,
             gate_up: linear(
@@ -90,8 +95,8 @@ impl Loader<'_> {
         LinearSpec { activations: self.activations, segments: SegmentPlan::whole(), layout: Layout::Plain }
     }
 
-    /// For queries, keys and values: what enters attention decides what it looks at, so int8 here would be the larger half
-    /// of all that int8 costs (measured on SmolLM2 Q4_1: docs/performance.md). It is a sixth of a layer's arithmetic.
+    /// For the last layer and the LM head: no later layer averages their rounding out, so that int8 there would be half of
+    /// all that int8 costs (measured on SmolLM2 Q4_1: docs/performance.md). Prefill hardly runs them.
     fn precise(&self) -> LinearSpec {
         let activations = match self.activations {
             Activations::Int8 => Activations::Int16,
@@ -155,19 +160,22 @@ fn in_file_order(natural: &[f32], order: RowOrder) -> Vec<f32> {
 }
 
 impl Workspace {
-    fn new(config: &ModelConfig, options: &LlamaOptions) -> Self {
+    fn new(config: &ModelConfig, options: &LlamaOptions, workers: usize) -> Self {
         let (tokens, rows) = (options.max_tokens, options.max_logits_rows);
-        let (hidden, intermediate, query) =
-            (config.hidden_size, config.intermediate_size, config.query_size());
+        let (hidden, query) = (config.hidden_size, config.query_size());
         let input = |rows, cols| Activation::new(rows, cols, options.activations);
+        let inputs = |rows| Inputs {
+            normed: input(rows, hidden),
+            attended: input(rows, query),
+            gated: input(rows, config.intermediate_size),
+        };
+        let of_worker =
+            |worker| Mutex::new(inputs(if worker == 0 { tokens } else { tokens.min(BLOCK_ROWS) }));
         Self {
             hidden: Buffer::zeroed(tokens * hidden),
-            normed: input(tokens, hidden),
             qkv: Buffer::zeroed(tokens * (query + 2 * config.kv_size())),
             attended: Buffer::zeroed(tokens * query),
-            attended_input: input(tokens, query),
-            gated: Buffer::zeroed(tokens * intermediate),
-            gated_input: input(tokens, intermediate),
+            inputs: (0..workers).map(of_worker).collect(),
             final_normed: input(rows, hidden),
             logits: Buffer::zeroed(rows * config.vocab_size),
             rope: Rope::new(&config.rope.inverse_frequencies(), 1.0, tokens),

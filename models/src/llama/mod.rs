@@ -8,8 +8,10 @@
 
 mod load;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use tandem_kernels::cpu::{
-    Activation, AttentionBatch, Buffer, Cpu, Epilogue, KvCache, KvCacheConfig, Linear, Rope,
+    Activation, AttentionBatch, Buffer, Cpu, Epilogue, KvCache, KvCacheConfig, Linear, Rope, Team,
 };
 use tandem_kernels::{Activations, KvDType};
 
@@ -20,7 +22,7 @@ use crate::config::ModelConfig;
 #[derive(Debug, Clone, Copy)]
 pub struct LlamaOptions {
     /// Arithmetic class of the linear layers. What a layer's weights cannot do falls back to a more exact class, and with
-    /// int8 the projection of queries, keys and values takes int16.
+    /// int8 the last layer and the LM head take int16.
     pub activations: Activations,
     /// `T`: most tokens of one step.
     pub max_tokens: usize,
@@ -54,21 +56,27 @@ struct Layer {
 struct Workspace {
     /// `[T, E]` residual stream.
     hidden: Buffer,
-    /// `[T, E]` normalised residual stream as a linear layer's input.
-    normed: Activation,
     /// `[T, (H + 2K) · D]`.
     qkv: Buffer,
-    /// `[T, H · D]` attention output, and the same as a linear layer's input.
+    /// `[T, H · D]` attention output.
     attended: Buffer,
-    attended_input: Activation,
-    /// `[T, I]` gated MLP, and the same as a linear layer's input.
-    gated: Buffer,
-    gated_input: Activation,
+    /// Inputs of linear layers, one set per worker; the first is also that of all workers together.
+    inputs: Vec<Mutex<Inputs>>,
     /// `[R, E]` normalised rows that need logits.
     final_normed: Activation,
     /// `[R, V]`.
     logits: Buffer,
     rope: Rope,
+}
+
+/// Inputs of linear layers for the rows that a team works on.
+struct Inputs {
+    /// `[rows, E]` normalised residual stream.
+    normed: Activation,
+    /// `[rows, H · D]` attention output.
+    attended: Activation,
+    /// `[rows, I]` gated MLP.
+    gated: Activation,
 }
 
 impl Llama {
@@ -124,13 +132,39 @@ impl Llama {
         }
         let num_tokens = batch.num_tokens();
         assert!(num_tokens <= self.options.max_tokens, "step of {num_tokens} tokens");
+        let config = &self.config;
         let work = &mut self.work;
-        let hidden = &mut work.hidden[..num_tokens * self.config.hidden_size];
+        let hidden = &mut work.hidden[..num_tokens * config.hidden_size];
+        let qkv = &mut work.qkv[..num_tokens * (config.query_size() + 2 * config.kv_size())];
+        let attended = &mut work.attended[..num_tokens * config.query_size()];
+        let inputs = &work.inputs;
         cpu.embed(self.embedding.as_ref().unwrap_or(&self.lm_head), &batch.token_ids, hidden);
         cpu.prepare_rope(&mut work.rope, &batch.positions);
+        let geometry = AttentionBatch {
+            cu_seqlens: &batch.cu_seqlens,
+            context_lens: &batch.context_lens,
+            block_tables: &batch.block_tables,
+            block_table_offsets: &batch.block_table_offsets,
+        };
+        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        // Between two attentions every operation works row by row: one region, which ends with the next layer's
+        // queries, keys and values.
+        let block_rows = cpu.block_rows(num_tokens, self.layers[0].bytes());
+        cpu.for_row_blocks(num_tokens, block_rows, [&mut *hidden, &mut *qkv], |team, _, [hidden, qkv]| {
+            self.layers[0].project(team, config, &mut inputs_of(inputs, team), hidden, qkv);
+        });
         for (index, layer) in self.layers.iter().enumerate() {
-            layer.attend(cpu, &self.config, work, batch, index, kv);
-            layer.feed_forward(cpu, &self.config, work, num_tokens);
+            cpu.rope_and_store_kv(qkv, &work.rope, &batch.slot_mapping, index, kv);
+            cpu.attention(qkv, &geometry, index, kv, scale, attended);
+            let buffers = [&mut *hidden, &mut *qkv, &mut *attended];
+            cpu.for_row_blocks(num_tokens, block_rows, buffers, |team, _, [hidden, qkv, attended]| {
+                let inputs = &mut inputs_of(inputs, team);
+                layer.attention_output(team, inputs, attended, hidden);
+                layer.feed_forward(team, config, inputs, hidden);
+                if let Some(next) = self.layers.get(index + 1) {
+                    next.project(team, config, inputs, hidden, qkv);
+                }
+            });
         }
         self.head(cpu, batch, num_tokens)
     }
@@ -145,59 +179,52 @@ impl Llama {
             let hidden = &work.hidden[..num_tokens * self.config.hidden_size];
             work.final_normed.set_class(self.lm_head.activations());
             let eps = self.config.rms_norm_eps;
-            cpu.rms_norm_rows(hidden, &batch.logits_rows, &self.norm, eps, &mut work.final_normed);
-            cpu.linear(&self.lm_head, &work.final_normed, logits, Epilogue::Store);
+            let team = cpu.team();
+            team.rms_norm_rows(hidden, &batch.logits_rows, &self.norm, eps, &mut work.final_normed);
+            team.linear(&self.lm_head, &work.final_normed, logits, Epilogue::Store);
         }
         logits
     }
 }
 
+/// The inputs of the worker that a team is, which no other team uses at the same time.
+fn inputs_of<'a>(inputs: &'a [Mutex<Inputs>], team: &Team<'_>) -> MutexGuard<'a, Inputs> {
+    inputs[team.worker()].lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Layer {
-    /// `hidden += attention(norm(hidden))`; writes the step's keys and values.
-    fn attend(
+    /// Bytes of packed weights.
+    fn bytes(&self) -> usize {
+        [&self.qkv, &self.attention_output, &self.gate_up, &self.down].map(Linear::bytes).iter().sum()
+    }
+
+    /// `qkv = [q, k, v](norm(hidden))`.
+    fn project(
         &self,
-        cpu: &Cpu,
+        team: &Team<'_>,
         config: &ModelConfig,
-        work: &mut Workspace,
-        batch: &ForwardBatch,
-        index: usize,
-        kv: &mut KvCache,
+        inputs: &mut Inputs,
+        hidden: &[f32],
+        qkv: &mut [f32],
     ) {
-        let num_tokens = batch.num_tokens();
-        let hidden = &mut work.hidden[..num_tokens * config.hidden_size];
-        let qkv = &mut work.qkv[..num_tokens * (config.query_size() + 2 * config.kv_size())];
-        let attended = &mut work.attended[..num_tokens * config.query_size()];
+        inputs.normed.set_class(self.qkv.activations());
+        team.rms_norm(hidden, &self.attention_norm, config.rms_norm_eps, &mut inputs.normed);
+        team.linear(&self.qkv, &inputs.normed, qkv, Epilogue::Store);
+    }
 
-        work.normed.set_class(self.qkv.activations());
-        cpu.rms_norm(hidden, &self.attention_norm, config.rms_norm_eps, &mut work.normed);
-        cpu.linear(&self.qkv, &work.normed, qkv, Epilogue::Store);
-        cpu.rope_and_store_kv(qkv, &work.rope, &batch.slot_mapping, index, kv);
-
-        let geometry = AttentionBatch {
-            cu_seqlens: &batch.cu_seqlens,
-            context_lens: &batch.context_lens,
-            block_tables: &batch.block_tables,
-            block_table_offsets: &batch.block_table_offsets,
-        };
-        let scale = 1.0 / (config.head_dim as f32).sqrt();
-        cpu.attention(qkv, &geometry, index, kv, scale, attended);
-
-        work.attended_input.set_class(self.attention_output.activations());
-        cpu.quantize(attended, &mut work.attended_input);
-        cpu.linear(&self.attention_output, &work.attended_input, hidden, Epilogue::Add);
+    /// `hidden += output(attended)`.
+    fn attention_output(&self, team: &Team<'_>, inputs: &mut Inputs, attended: &[f32], hidden: &mut [f32]) {
+        inputs.attended.set_class(self.attention_output.activations());
+        team.quantize(attended, &mut inputs.attended);
+        team.linear(&self.attention_output, &inputs.attended, hidden, Epilogue::Add);
     }
 
     /// `hidden += down(silu(gate(norm(hidden))) · up(norm(hidden)))`.
-    fn feed_forward(&self, cpu: &Cpu, config: &ModelConfig, work: &mut Workspace, num_tokens: usize) {
-        let hidden = &mut work.hidden[..num_tokens * config.hidden_size];
-        let gated = &mut work.gated[..num_tokens * config.intermediate_size];
-
-        work.normed.set_class(self.gate_up.activations());
-        cpu.rms_norm(hidden, &self.mlp_norm, config.rms_norm_eps, &mut work.normed);
-        cpu.linear(&self.gate_up, &work.normed, gated, Epilogue::SwiGlu);
-
-        work.gated_input.set_class(self.down.activations());
-        cpu.quantize(gated, &mut work.gated_input);
-        cpu.linear(&self.down, &work.gated_input, hidden, Epilogue::Add);
+    fn feed_forward(&self, team: &Team<'_>, config: &ModelConfig, inputs: &mut Inputs, hidden: &mut [f32]) {
+        inputs.normed.set_class(self.gate_up.activations());
+        team.rms_norm(hidden, &self.mlp_norm, config.rms_norm_eps, &mut inputs.normed);
+        inputs.gated.set_class(self.down.activations());
+        team.gated_linear(&self.gate_up, &inputs.normed, &mut inputs.gated);
+        team.linear(&self.down, &inputs.gated, hidden, Epilogue::Add);
     }
 }

@@ -1,6 +1,6 @@
 //! Linear layers: packed weights [N, K] times activations [T, K].
 //!
-//! Work is split over groups of two panels (32 columns), and over rows as well when there are few groups. For its group a
+//! Work is split over units of two panels (32 columns), and over rows as well when there are few of them. For its unit a
 //! worker walks blocks of rows and segments of K in register tiles. Tiles read 4-bit weights as they are packed: unpacking
 //! them once for many rows was slower on every ISA, for a vector of nibbles costs three operations beside the two
 //! dot products per row that it feeds, and half the bytes come out of L2.
@@ -13,15 +13,15 @@ mod tile;
 use std::ops::Range;
 
 pub use epilogue::Epilogue;
-use epilogue::{Finish, Reduce};
-use tile::{TILE_STRIDE, TileArgs, TileFn, TileKind, Weights, tile_fn};
+use epilogue::{Finish, FinishGated, Reduce};
+use tile::{Ahead, TILE_STRIDE, TileArgs, TileFn, TileKind, Weights, tile_fn};
 
-use super::activation::{GROUP, View};
+use super::activation::{GROUP, RowWriter, View};
 use super::buffer::SharedMut;
 use super::isa::Detected;
 use super::pack::{Format, LANES};
 use super::simd::{Simd, dispatch};
-use super::{Activation, Cpu, Layout, Linear, Scratch};
+use super::{Activation, Buffer, Layout, Linear, Scratch, Team};
 use crate::{Activations, Isa};
 
 /// Partial sums of a block of rows at the start of a worker's scratch.
@@ -31,27 +31,33 @@ const _: () = assert!(PARTIAL_BYTES <= Scratch::PER_WORKER);
 /// Prefetching further ahead would push what is needed first out of the L1 cache.
 const MAX_AHEAD: usize = 32 * 1024;
 
-impl Cpu {
-    /// `out` [T, N] (or [T, I] for gate and up) = epilogue(x · Wᵀ + bias).
+impl Team<'_> {
+    /// `out` [T, N] = (or +=) x · Wᵀ + bias.
     ///
     /// # Panics
-    /// If shapes or the class of `x` do not match the layer, or the epilogue does not match its layout.
+    /// If shapes or the class of `x` do not match the layer, or the layer is gate and up.
     pub fn linear(&self, weights: &Linear, x: &Activation, out: &mut [f32], epilogue: Epilogue) {
-        let swiglu = epilogue == Epilogue::SwiGlu;
-        assert_eq!(
-            weights.layout() == Layout::GateUp,
-            swiglu,
-            "gate and up take SwiGLU and nothing else does"
-        );
+        assert_eq!(weights.layout(), Layout::Plain, "gate and up need an activation as output");
         assert_eq!(out.len(), x.rows() * weights.out_features(), "output of a linear layer");
-        let job = Job::new(self.detected(), weights, x, out.as_mut_ptr(), Some(epilogue));
-        self.run_linear(&job);
+        let out = SharedMut::new(out.as_mut_ptr());
+        self.run_linear(&Job::new(self.isa, weights, x, Output::Rows { out, epilogue }));
+    }
+
+    /// `out` [T, I] = silu(gate(x)) · up(x), rounded to the class of `out`.
+    ///
+    /// # Panics
+    /// If shapes or the class of `x` do not match the layer, or the layer is not gate and up.
+    pub fn gated_linear(&self, weights: &Linear, x: &Activation, out: &mut Activation) {
+        assert_eq!(weights.layout(), Layout::GateUp, "layout of a gated layer");
+        assert_eq!(out.cols(), weights.out_features(), "output of a gated layer");
+        let out = out.writer(x.rows());
+        self.run_linear(&Job::new(self.isa, weights, x, Output::Gated(out)));
     }
 
     /// The sum of each segment apart: `out` [segments, T, N], without bias; for ranks that own some of the segments.
     ///
     /// # Panics
-    /// As `linear`; gate and up have no segments.
+    /// As `linear`.
     pub fn linear_segments(&self, weights: &Linear, x: &Activation, out: &mut [f32]) {
         assert_eq!(weights.layout(), Layout::Plain, "segments of gate and up");
         let segments = weights.segments().count();
@@ -60,15 +66,15 @@ impl Cpu {
             segments * x.rows() * weights.out_features(),
             "output of a segmented linear layer"
         );
-        let job = Job::new(self.detected(), weights, x, out.as_mut_ptr(), None);
-        self.run_linear(&job);
+        let out = SharedMut::new(out.as_mut_ptr());
+        self.run_linear(&Job::new(self.isa, weights, x, Output::Segments { out }));
     }
 
     /// `out` [T, N] = (or +=) the sum of `partials` [segments, T, N] in the fixed tree, plus `bias` [N]. With all
     /// segments of a layer this gives the bits of `linear`.
     ///
     /// # Panics
-    /// If shapes do not match, or with [`Epilogue::SwiGlu`].
+    /// If shapes do not match.
     pub fn reduce_segments(
         &self,
         partials: &[f32],
@@ -77,7 +83,6 @@ impl Cpu {
         out: &mut [f32],
         epilogue: Epilogue,
     ) {
-        assert_ne!(epilogue, Epilogue::SwiGlu, "segments of gate and up");
         assert!((1..=super::pack::MAX_SEGMENTS).contains(&segments), "{segments} segments");
         assert_eq!(partials.len(), segments * out.len(), "partial sums");
         let columns = bias.map_or(LANES, <[f32]>::len);
@@ -111,22 +116,22 @@ impl Cpu {
         if job.rows == 0 {
             return;
         }
-        let groups = job.weights.panels.div_ceil(2);
+        let units = job.weights.panels.div_ceil(job.unit_panels);
         let workers = self.threads();
         // A few items per worker even out their speeds; below that, cut the rows too.
-        let row_parts = if workers == 1 { 1 } else { (4 * workers).div_ceil(groups) };
+        let row_parts = if workers == 1 { 1 } else { (4 * workers).div_ceil(units) };
         let rows_per_part = job.rows.div_ceil(row_parts).next_multiple_of(job.shape.rows).min(job.rows);
         let row_parts = job.rows.div_ceil(rows_per_part);
         // One row streams weights: long contiguous runs. Many rows: small items.
-        let groups_per_item = if job.rows <= 16 { groups.div_ceil(8 * workers) } else { 1 };
-        let group_items = groups.div_ceil(groups_per_item);
-        let scratch = &self.scratch;
-        self.pool.run_items(group_items * row_parts, |worker, item| {
-            let (group_item, part) = (item / row_parts, item % row_parts);
+        let units_per_item = if job.rows <= 16 { units.div_ceil(8 * workers) } else { 1 };
+        let unit_items = units.div_ceil(units_per_item);
+        let scratch = self.scratch;
+        self.run_items(unit_items * row_parts, |worker, item| {
+            let (unit_item, part) = (item / row_parts, item % row_parts);
             let rows = part * rows_per_part..job.rows.min((part + 1) * rows_per_part);
-            for group in group_item * groups_per_item..groups.min((group_item + 1) * groups_per_item) {
+            for unit in unit_item * units_per_item..units.min((unit_item + 1) * units_per_item) {
                 // SAFETY: the scratch is this worker's; items write disjoint columns or rows of the output.
-                unsafe { job.group(group, rows.clone(), scratch.of(worker)) };
+                unsafe { job.unit(unit, rows.clone(), scratch.of(worker)) };
             }
         });
     }
@@ -139,95 +144,99 @@ struct Shape {
     panels: usize,
 }
 
+/// Where results go.
+enum Output {
+    /// [T, N]
+    Rows { out: SharedMut<f32>, epilogue: Epilogue },
+    /// [segments, T, N]
+    Segments { out: SharedMut<f32> },
+    /// [T, I] of gate and up.
+    Gated(RowWriter),
+}
+
 /// One call of a linear layer, checked; shared by the workers.
 struct Job<'a> {
     isa: Detected,
     weights: &'a Linear,
     x: View,
     rows: usize,
-    out: SharedMut<f32>,
-    /// `None`: segments go to the output one by one.
-    epilogue: Option<Epilogue>,
+    output: Output,
     kind: TileKind,
     shape: Shape,
+    /// Panels that are finished together: a pair, or the two pairs that fill one group of a gated output.
+    unit_panels: usize,
 }
 
 impl<'a> Job<'a> {
-    fn new(
-        isa: Detected,
-        weights: &'a Linear,
-        x: &Activation,
-        out: *mut f32,
-        epilogue: Option<Epilogue>,
-    ) -> Self {
+    fn new(isa: Detected, weights: &'a Linear, x: &Activation, output: Output) -> Self {
         assert_eq!(x.cols(), weights.in_features(), "input of a linear layer");
         assert_eq!(x.class(), weights.activations(), "activation class of a linear layer");
         let kind = tile_kind(weights);
         let scaled = !matches!(kind.weights, Weights::F32 | Weights::Bf16);
         let shape = tile_shape(isa.isa(), scaled);
-        Self { isa, weights, x: x.view(), rows: x.rows(), out: SharedMut::new(out), epilogue, kind, shape }
+        let unit_panels = if matches!(output, Output::Gated(_)) { 4 } else { 2 };
+        Self { isa, weights, x: x.view(), rows: x.rows(), output, kind, shape, unit_panels }
     }
 
-    /// Computes `rows` of one group of two panels.
+    /// Computes `rows` of one unit.
     ///
     /// # Safety
     /// `scratch` is `Scratch::PER_WORKER` bytes of this worker alone; no other worker writes the same rows and columns.
-    unsafe fn group(&self, group: usize, rows: Range<usize>, scratch: *mut u8) {
+    unsafe fn unit(&self, unit: usize, rows: Range<usize>, scratch: *mut u8) {
         let segments = self.weights.segments().count();
         let partials = scratch.cast::<f32>();
-        let fitting = PARTIAL_BYTES / (segments * TILE_STRIDE * size_of::<f32>());
+        let first_panel = unit * self.unit_panels;
+        let panels = (self.weights.panels - first_panel).min(self.unit_panels);
+        let parts = panels.div_ceil(2) * segments;
+        let fitting = PARTIAL_BYTES / (parts * TILE_STRIDE * size_of::<f32>());
         // Whole tiles, and few enough rows that the partial sums stay in the cache.
         let row_block = (fitting.min(128) / self.shape.rows * self.shape.rows).max(self.shape.rows);
-        let first_panel = group * 2;
-        let panels = (self.weights.panels - first_panel).min(2);
         for start in rows.clone().step_by(row_block) {
             let rows = start..rows.end.min(start + row_block);
-            let segment_stride = rows.len() * TILE_STRIDE;
-            let steps = self.weights.steps() / segments;
-            for segment in 0..segments {
-                let out = partials.add(segment * segment_stride);
-                // The last segment is the only one where a remainder of K could be, and only when there is one segment.
-                self.tiles(first_panel, panels, &rows, segment * steps..(segment + 1) * steps, out);
+            let stride = rows.len() * TILE_STRIDE;
+            let tiling = Tiling::new(self, rows.clone(), panels.min(2));
+            for pair in 0..panels.div_ceil(2) {
+                // An odd panel at the end is a pair of its own, and then the only one.
+                for segment in 0..segments {
+                    let out = partials.add((pair * segments + segment) * stride);
+                    self.tiles(&tiling, first_panel + 2 * pair, segment, out);
+                }
             }
-            self.finish(first_panel, panels, &rows, partials, segment_stride);
+            self.finish(first_panel, panels, &rows, partials, stride);
         }
     }
 
-    /// Sums the steps of one segment of K for all rows into `out`, one register tile after another.
-    unsafe fn tiles(
-        &self,
-        first_panel: usize,
-        panels: usize,
-        rows: &Range<usize>,
-        steps: Range<usize>,
-        out: *mut f32,
-    ) {
+    /// Sums one segment of K of a pair of panels for all rows into `out`, one register tile after another.
+    unsafe fn tiles(&self, tiling: &Tiling, first_panel: usize, segment: usize, out: *mut f32) {
         let format = self.weights.format;
+        let panels = tiling.panels;
+        // There is a remainder of K only where there is one segment.
+        let steps = self.weights.steps() / self.weights.segments().count();
+        let first_step = segment * steps;
         let mut weights = [std::ptr::null(); 2];
         let mut scales = [std::ptr::null(); 2];
         for c in 0..panels {
             let panel = self.weights.data.as_ptr().add((first_panel + c) * self.weights.panel_bytes);
-            weights[c] = panel.add(steps.start * format.step_bytes());
-            scales[c] = panel.add(self.weights.scales_offset + steps.start * format.scale_bytes()).cast();
+            weights[c] = panel.add(first_step * format.step_bytes());
+            scales[c] = panel.add(self.weights.scales_offset + first_step * format.scale_bytes()).cast();
         }
-        let count = rows.len().div_ceil(self.shape.rows);
-        // Even heights: 8 rows are 4 + 4, not 6 + 2.
-        let (height, taller) = (rows.len() / count, rows.len() % count);
-        let value_bytes = match self.x_class() {
+        let value_bytes = match self.weights.activations() {
             Activations::F32 => 4,
             Activations::Bf16 | Activations::Int16 => 2,
             Activations::Int8 => 1,
         };
-        let k = steps.start * format.step_len();
-        let width = panels.min(self.shape.panels);
-        let heights = [height, height + usize::from(taller > 0)];
-        let kernels: [TileFn; 2] = heights.map(|height| tile_fn(self.kind, height, width));
+        let k = first_step * format.step_len();
+        let target_stride = self.weights.out_features() * size_of::<f32>();
+        let target = match &self.output {
+            Output::Rows { out, .. } if segment == 0 => out.get().wrapping_add(first_panel * LANES),
+            _ => std::ptr::null_mut(),
+        };
         let mut row = 0;
-        for tile in 0..count {
-            let tall = usize::from(tile < taller);
-            let x_row = rows.start + row;
+        for tile in 0..tiling.count {
+            let tall = usize::from(tile < tiling.taller);
+            let x_row = tiling.rows.start + row;
             let x_group = x_row * self.x.groups + k / GROUP;
-            for panel in (0..panels).step_by(width) {
+            for panel in (0..panels).step_by(tiling.width) {
                 let args = TileArgs {
                     weights: if panel == 0 { weights } else { [weights[1]; 2] },
                     scales: if panel == 0 { scales } else { [scales[1]; 2] },
@@ -237,14 +246,18 @@ impl<'a> Job<'a> {
                     x_sums: self.x.sums.add(x_group),
                     x_scaled_sums: self.x.scaled_sums.add(x_group),
                     groups: self.x.groups,
-                    steps: steps.len(),
-                    // The first tile brings the panels in for those below it.
-                    ahead: if tile == 0 { self.ahead() } else { 0 },
+                    steps,
+                    ahead: self.ahead(segment, steps, tile, tiling.count),
                     out: out.add(row * TILE_STRIDE + panel * LANES),
+                    target: match target.is_null() {
+                        true => target.cast(),
+                        false => target.cast::<u8>().wrapping_add(x_row * target_stride + panel * LANES * 4),
+                    },
+                    target_stride,
                 };
-                kernels[tall](self.isa, &args);
+                tiling.kernels[tall](self.isa, &args);
             }
-            row += heights[tall];
+            row += tiling.height + tall;
         }
     }
 
@@ -254,47 +267,97 @@ impl<'a> Job<'a> {
         panels: usize,
         rows: &Range<usize>,
         partials: *const f32,
-        segment_stride: usize,
+        stride: usize,
     ) {
         let width = self.weights.out_features();
-        let gate_up = self.weights.layout() == Layout::GateUp;
-        let first_column = if gate_up { first_panel / 2 * LANES } else { first_panel * LANES };
         let segments = self.weights.segments().count();
-        let bias = match &self.weights.packed_bias {
-            Some(bias) if self.epilogue.is_some() => bias.as_ptr().add(first_panel * LANES),
-            _ => std::ptr::null(),
-        };
-        let finish = |segments, skipped: usize, out_row, epilogue| Finish {
+        let bias = |bias: &Buffer| bias.as_ptr().add(first_panel * LANES);
+        let bias = self.weights.packed_bias.as_ref().map_or(std::ptr::null(), bias);
+        let first_column = first_panel * LANES;
+        let finish = |partials, segments, bias, out: *mut f32, epilogue| Finish {
             epilogue,
-            partials: partials.add(skipped * segment_stride),
+            partials,
             segments,
-            segment_stride,
+            segment_stride: stride,
             rows: rows.len(),
             panels,
             bias,
-            out: self.out.get().add(out_row * width + first_column),
+            out: out.add(first_column),
             out_stride: width,
             columns: width - first_column,
         };
-        if let Some(epilogue) = self.epilogue {
-            dispatch(self.isa, finish(segments, 0, rows.start, epilogue));
-            return;
-        }
-        for segment in 0..segments {
-            let out_row = segment * self.rows + rows.start;
-            dispatch(self.isa, finish(1, segment, out_row, Epilogue::Store));
+        match &self.output {
+            Output::Rows { out, epilogue } => {
+                let out = out.get().add(rows.start * width);
+                dispatch(self.isa, finish(partials, segments, bias, out, *epilogue));
+            }
+            Output::Segments { out } => {
+                for segment in 0..segments {
+                    let out = out.get().add((segment * self.rows + rows.start) * width);
+                    let partials = partials.add(segment * stride);
+                    dispatch(self.isa, finish(partials, 1, std::ptr::null(), out, Epilogue::Store));
+                }
+            }
+            Output::Gated(out) => {
+                let group = first_panel / self.unit_panels;
+                let gated = FinishGated {
+                    partials,
+                    pairs: panels / 2,
+                    pair_stride: stride,
+                    rows: rows.clone(),
+                    bias,
+                    columns: width - group * GROUP,
+                    group,
+                    out: *out,
+                };
+                dispatch(self.isa, gated);
+            }
         }
     }
 
-    /// One row is bound by memory, and at the start of each panel the hardware's streams start anew. Short panels fetch
-    /// the place in the next group that they are reading in this one; long ones stay on their own streams.
-    const fn ahead(&self) -> usize {
-        let group = 2 * self.weights.panel_bytes;
-        if group <= MAX_AHEAD { group } else { 2048 }
+    /// What tile `tile` of `count` fetches while it walks a segment.
+    ///
+    /// One tile is bound by memory, and at the start of each panel the hardware's streams start anew. Short panels fetch
+    /// the place in the next pair that they are reading in this one; long ones stay on their own streams. Several tiles
+    /// read the same segment one after another and fetch what follows it.
+    const fn ahead(&self, segment: usize, steps: usize, tile: usize, count: usize) -> Ahead {
+        let pair = 2 * self.weights.panel_bytes;
+        if count == 1 {
+            let bytes = if pair <= MAX_AHEAD { pair } else { 2048 };
+            return Ahead { weights: bytes, scales: bytes, first: 0, every: 1 };
+        }
+        let format = self.weights.format;
+        let (weights, scales) = (steps * format.step_bytes(), steps * format.scale_bytes());
+        let last = self.weights.segments().count() - 1;
+        if segment < last {
+            return Ahead { weights, scales, first: tile, every: count };
+        }
+        Ahead { weights: pair - last * weights, scales: pair - last * scales, first: tile, every: count }
     }
+}
 
-    const fn x_class(&self) -> Activations {
-        self.weights.activations()
+/// How a block of rows is cut into register tiles.
+struct Tiling {
+    rows: Range<usize>,
+    panels: usize,
+    /// Panels of one tile.
+    width: usize,
+    count: usize,
+    /// Rows of a tile; the first `taller` have one more. Even heights: 8 rows are 4 + 4, not 6 + 2.
+    height: usize,
+    taller: usize,
+    /// For a tile of `height` rows, and for one more.
+    kernels: [TileFn; 2],
+}
+
+impl Tiling {
+    fn new(job: &Job<'_>, rows: Range<usize>, panels: usize) -> Self {
+        let count = rows.len().div_ceil(job.shape.rows);
+        let (height, taller) = (rows.len() / count, rows.len() % count);
+        let width = panels.min(job.shape.panels);
+        let kernel = |height| tile_fn(job.kind, height, width);
+        let kernels = [kernel(height), kernel(height + usize::from(taller > 0))];
+        Self { rows, panels, width, count, height, taller, kernels }
     }
 }
 

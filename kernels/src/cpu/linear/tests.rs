@@ -2,7 +2,7 @@
 
 use super::super::reference::{dequantize, dot, integer_rounded, random_matrix};
 use super::super::testing::{Random, backends};
-use super::super::{LinearSpec, Part, SegmentPlan};
+use super::super::{Cpu, LinearSpec, Part, SegmentPlan};
 use super::*;
 use crate::{DType, Matrix};
 use half::bf16;
@@ -17,14 +17,14 @@ fn spec(activations: Activations, segments: usize) -> LinearSpec {
 
 fn activation(cpu: &Cpu, x: &[f32], cols: usize, class: Activations) -> Activation {
     let mut out = Activation::new(x.len() / cols, cols, class);
-    cpu.quantize(x, &mut out);
+    cpu.team().quantize(x, &mut out);
     out
 }
 
 fn multiply(cpu: &Cpu, weights: &Linear, x: &[f32]) -> Vec<f32> {
     let x = activation(cpu, x, weights.in_features(), weights.activations());
     let mut out = vec![f32::NAN; x.rows() * weights.out_features()];
-    cpu.linear(weights, &x, &mut out, Epilogue::Store);
+    cpu.team().linear(weights, &x, &mut out, Epilogue::Store);
     out
 }
 
@@ -205,7 +205,7 @@ fn segments_add_up_in_their_tree() {
             let weights = cpu.pack_linear(&parts, &spec(Activations::Int8, segments)).unwrap();
             let packed = activation(&cpu, &x, k, Activations::Int8);
             let mut partials = vec![0.0; segments * t * n];
-            cpu.linear_segments(&weights, &packed, &mut partials);
+            cpu.team().linear_segments(&weights, &packed, &mut partials);
             // Each segment alone is a layer over its own columns.
             for segment in 0..segments {
                 let cols = segment * 32..(segment + 1) * 32;
@@ -233,17 +233,57 @@ fn segments_add_up_in_their_tree() {
                 .collect();
             assert_eq!(multiply(&cpu, &weights, &x), expected, "{} {segments}", cpu.isa());
             let mut reduced = vec![0.0; t * n];
-            cpu.reduce_segments(&partials, segments, weights.bias(), &mut reduced, Epilogue::Store);
+            cpu.team().reduce_segments(&partials, segments, weights.bias(), &mut reduced, Epilogue::Store);
             assert_eq!(reduced, expected);
             let (mut a, mut b) = (residual.clone(), residual.clone());
-            cpu.linear(&weights, &packed, &mut a, Epilogue::Add);
-            cpu.reduce_segments(&partials, segments, Some(&bias), &mut b, Epilogue::Add);
+            cpu.team().linear(&weights, &packed, &mut a, Epilogue::Add);
+            cpu.team().reduce_segments(&partials, segments, Some(&bias), &mut b, Epilogue::Add);
             assert_eq!(a, b);
             assert!(a.iter().zip(&residual).zip(&expected).all(|((a, r), e)| *a == r + e));
             let (mut c, mut d) = (vec![0.0; t * n], expected.clone());
-            cpu.reduce_segments(&partials, segments, None, &mut c, Epilogue::Store);
+            cpu.team().reduce_segments(&partials, segments, None, &mut c, Epilogue::Store);
             d.iter_mut().enumerate().for_each(|(i, d)| *d -= bias[i % n]);
             assert!(c.iter().zip(&d).all(|(c, d)| (c - d).abs() < 1e-4));
+        }
+    }
+}
+
+/// A row of an f32 activation with its padding.
+fn f32_row(a: &Activation, row: usize) -> Vec<f32> {
+    let view = a.view();
+    let len = a.cols().next_multiple_of(GROUP);
+    // SAFETY: rows are padded to whole groups, and the row was written.
+    unsafe { std::slice::from_raw_parts(view.values.add(row * view.row_bytes).cast(), len).to_vec() }
+}
+
+/// Rounding inside the layer is rounding after it, and padding is zero.
+#[test]
+fn gated_outputs_are_rounded_as_plain_ones() {
+    let mut random = Random::new(27);
+    for (n, k, t) in [(16, 32, 1), (24, 64, 7), (40, 96, 13), (96, 64, 140)] {
+        let data = [(), ()].map(|()| random_matrix(&mut random, DType::Q4_1, n, k));
+        let parts = data.each_ref().map(|bytes| Part::new(Matrix::new(DType::Q4_1, n, k, bytes).unwrap()));
+        let x = random.vec(t * k);
+        for cpu in backends(3) {
+            let spec = LinearSpec { layout: Layout::GateUp, ..spec(Activations::Int8, 1) };
+            let packed = cpu.pack_linear(&parts, &spec).unwrap();
+            let input = activation(&cpu, &x, k, Activations::Int8);
+            let mut plain = Activation::new(t, n, Activations::F32);
+            cpu.team().gated_linear(&packed, &input, &mut plain);
+            let rows: Vec<Vec<f32>> = (0..t).map(|row| f32_row(&plain, row)).collect();
+            assert!(rows.iter().all(|row| row[n..].iter().all(|&x| x == 0.0)), "padding");
+            let values: Vec<f32> = rows.iter().flat_map(|row| row[..n].to_vec()).collect();
+            for class in CLASSES {
+                let expected = activation(&cpu, &values, n, class);
+                let mut got = Activation::new(t, n, class);
+                cpu.team().gated_linear(&packed, &input, &mut got);
+                let bytes = |a: &Activation| {
+                    let view = a.view();
+                    // SAFETY: both were written with `t` rows.
+                    unsafe { std::slice::from_raw_parts(view.values, t * view.row_bytes).to_vec() }
+                };
+                assert_eq!(bytes(&got), bytes(&expected), "{} {class}", cpu.isa());
+            }
         }
     }
 }
@@ -266,8 +306,9 @@ fn gate_and_up_make_swiglu() {
                     .unwrap();
                 assert_eq!(packed.out_features(), n);
                 let input = activation(&cpu, &x, k, packed.activations());
-                let mut out = vec![0.0; t * n];
-                cpu.linear(&packed, &input, &mut out, Epilogue::SwiGlu);
+                let mut gated = Activation::new(t, n, Activations::F32);
+                cpu.team().gated_linear(&packed, &input, &mut gated);
+                let out: Vec<f32> = (0..t).flat_map(|row| f32_row(&gated, row)[..n].to_vec()).collect();
                 // Apart, in the same format, so that only the epilogue differs.
                 let plain = cpu.pack_linear(&parts, &spec(class, 1)).unwrap();
                 let both = multiply(&cpu, &plain, &x);

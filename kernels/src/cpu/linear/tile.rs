@@ -49,9 +49,25 @@ pub(super) struct TileArgs {
     pub(super) groups: usize,
     /// Steps along K: values (f32), pairs (bf16) or blocks of 32.
     pub(super) steps: usize,
-    /// Bytes ahead of the weights and scales being read that are prefetched; 0 for tiles that find them in the cache.
-    pub(super) ahead: usize,
+    pub(super) ahead: Ahead,
     pub(super) out: *mut f32,
+    /// The rows and columns of the layer's output that this tile ends in, `target_stride` bytes apart; null if they need not
+    /// be fetched. They were last used an operation ago.
+    pub(super) target: *const u8,
+    pub(super) target_stride: usize,
+}
+
+/// What a tile brings into the cache while it works: the weights that are needed next. The tiles of a block of rows share
+/// this work, step by step in turn, so that memory is busy all the time.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Bytes from the weights being read to those wanted next.
+    pub(super) weights: usize,
+    /// The same for scales.
+    pub(super) scales: usize,
+    /// The first step in which this tile fetches, and from one to the next.
+    pub(super) first: usize,
+    pub(super) every: usize,
 }
 
 /// # Safety
@@ -110,24 +126,38 @@ entries! {
     int_entry => IntTile<SOURCE: u8, ZERO_POINT: u8, MINIMA: bool, PARTS: usize>;
 }
 
-/// Asks for the `BYTES` of each panel's weights, and the line of its scales at `scales_at`, that lie `ahead` of what is
-/// being read.
+/// Asks for the `BYTES` of each panel's weights, and the line of its scales at `scales_at`, that lie ahead of what is
+/// being read, if it is this tile's turn.
 #[inline(always)]
 unsafe fn prefetch<S: Simd, const C: usize, const BYTES: usize>(
     s: S,
     t: &TileArgs,
-    at: usize,
-    scales_at: Option<usize>,
+    turn: &mut usize,
+    step: usize,
+    scale_bytes: usize,
 ) {
-    if t.ahead == 0 {
+    if step != *turn {
         return;
     }
+    *turn += t.ahead.every;
     for c in 0..C {
         for line in (0..BYTES).step_by(64) {
-            s.prefetch(t.weights[c].wrapping_add(at + t.ahead + line));
+            s.prefetch(t.weights[c].wrapping_add(step * BYTES + t.ahead.weights + line));
         }
-        if let Some(at) = scales_at {
-            s.prefetch(t.scales[c].cast::<u8>().wrapping_add(at + t.ahead));
+        if scale_bytes > 0 {
+            s.prefetch(t.scales[c].cast::<u8>().wrapping_add(step * scale_bytes + t.ahead.scales));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn prefetch_target<S: Simd, const R: usize, const C: usize>(s: S, t: &TileArgs) {
+    if t.target.is_null() {
+        return;
+    }
+    for r in 0..R {
+        for c in 0..C {
+            s.prefetch(t.target.wrapping_add(r * t.target_stride + c * 64));
         }
     }
 }
@@ -150,9 +180,11 @@ impl<const R: usize, const C: usize> Kernel for F32Tile<'_, R, C> {
             unreachable!("no such tile on this ISA");
         }
         let t = self.0;
+        prefetch_target::<S, R, C>(s, t);
         let mut acc = [[s.splat(0.0); C]; R];
+        let mut turn = t.ahead.first;
         for step in 0..t.steps {
-            prefetch::<S, C, 64>(s, t, step * 64, None);
+            prefetch::<S, C, 64>(s, t, &mut turn, step, 0);
             let mut w = [s.splat(0.0); C];
             for c in 0..C {
                 w[c] = s.load(t.weights[c].add(step * 64).cast());
@@ -177,9 +209,11 @@ impl<const R: usize, const C: usize> Kernel for Bf16Tile<'_, R, C> {
             unreachable!("no such tile on this ISA");
         }
         let t = self.0;
+        prefetch_target::<S, R, C>(s, t);
         let mut acc = [[s.splat(0.0); C]; R];
+        let mut turn = t.ahead.first;
         for step in 0..t.steps {
-            prefetch::<S, C, 64>(s, t, step * 64, None);
+            prefetch::<S, C, 64>(s, t, &mut turn, step, 0);
             let mut w = [s.splat_i(0); C];
             for c in 0..C {
                 w[c] = s.load_i(t.weights[c].add(step * 64));
@@ -212,8 +246,10 @@ impl<
             unreachable!("no such tile on this ISA");
         }
         let t = self.0;
+        prefetch_target::<S, R, C>(s, t);
         let mut acc = [[s.splat(0.0); C]; R];
         let scale_stride = if MINIMA { 32 } else { 16 };
+        let mut turn = t.ahead.first;
         for block in 0..t.steps {
             let x = t.x.add(block * PARTS * GROUP);
             let mut dot = [[s.splat_i(0); C]; R];
@@ -234,7 +270,11 @@ impl<
                     nibble_dot::<S, R, C>(s, t, block, x, dot)
                 };
             }
-            prefetch_block::<S, C, SOURCE>(s, t, block, scale_stride * 2);
+            if SOURCE == BYTES {
+                prefetch::<S, C, 512>(s, t, &mut turn, block, scale_stride * 2);
+            } else {
+                prefetch::<S, C, 256>(s, t, &mut turn, block, scale_stride * 2);
+            }
             for c in 0..C {
                 let scales = t.scales[c].add(block * scale_stride);
                 let d = s.load_f16(scales);
@@ -271,20 +311,6 @@ unsafe fn zero_sum<S: Simd, const SOURCE: u8, const ZERO_POINT: u8>(
         return s.sub_i(s.splat_i(0), s.shl::<3>(s.splat_bytes(sum)));
     }
     s.splat_i(0)
-}
-
-#[inline(always)]
-unsafe fn prefetch_block<S: Simd, const C: usize, const SOURCE: u8>(
-    s: S,
-    t: &TileArgs,
-    block: usize,
-    scale_bytes: usize,
-) {
-    if SOURCE == BYTES {
-        prefetch::<S, C, 512>(s, t, block * 512, Some(block * scale_bytes));
-    } else {
-        prefetch::<S, C, 256>(s, t, block * 256, Some(block * scale_bytes));
-    }
 }
 
 /// `init` plus the dot products of one block with packed nibbles.
