@@ -11,7 +11,7 @@ mod load;
 use tandem_kernels::cpu::{
     Activation, AttentionBatch, Buffer, Cpu, Epilogue, KvCache, KvCacheConfig, Linear, Rope,
 };
-use tandem_kernels::{Activations, KvDType};
+use tandem_kernels::{Activations, AttentionPrecision, KvDType};
 
 use crate::batch::ForwardBatch;
 use crate::config::ModelConfig;
@@ -180,7 +180,11 @@ impl Layer {
             block_table_offsets: &batch.block_table_offsets,
         };
         let scale = 1.0 / (config.head_dim as f32).sqrt();
-        cpu.attention(qkv, &geometry, index, kv, scale, attended);
+        let precision = match self.gate_up.activations() {
+            Activations::Int8 => AttentionPrecision::Rounded,
+            _ => AttentionPrecision::Split,
+        };
+        cpu.attention(qkv, &geometry, index, kv, scale, precision, attended);
 
         work.attended_input.set_class(self.attention_output.activations());
         cpu.quantize(attended, &mut work.attended_input);
