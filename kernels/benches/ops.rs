@@ -10,7 +10,7 @@ use tandem_kernels::cpu::{
 };
 use tandem_kernels::limits::{self, Limits};
 use tandem_kernels::sampling::{self, NoiseKey};
-use tandem_kernels::{Activations, DType, KvDType, Matrix};
+use tandem_kernels::{Activations, AttentionPrecision, DType, KvDType, Matrix};
 
 fn main() {
     let isa = std::env::var("TANDEM_ISA").ok().map(|isa| isa.parse().expect("TANDEM_ISA"));
@@ -145,44 +145,129 @@ fn decode(cpu: &Cpu, limits: &Limits) {
     }
 }
 
+/// Attention of a 135M model: 9 query heads, 3 KV heads, head dim 64.
+struct Attention {
+    kv: KvCache,
+    qkv: Buffer,
+    out: Buffer,
+    /// Tokens and context of each of the sequences.
+    tokens: usize,
+    context: usize,
+    sequences: usize,
+    block_tables: Vec<u32>,
+    precision: AttentionPrecision,
+}
+
+impl Attention {
+    const HEADS: usize = 9;
+    const KV_HEADS: usize = 3;
+    const HEAD_DIM: usize = 64;
+
+    fn new(
+        cpu: &Cpu,
+        (dtype, precision): (KvDType, AttentionPrecision),
+        num_layers: usize,
+        (sequences, tokens, context): (usize, usize, usize),
+    ) -> Self {
+        let width = (Self::HEADS + 2 * Self::KV_HEADS) * Self::HEAD_DIM;
+        let total = tokens + context;
+        let num_blocks = sequences * total.div_ceil(16);
+        let config = KvCacheConfig {
+            num_layers,
+            num_kv_heads: Self::KV_HEADS,
+            head_dim: Self::HEAD_DIM,
+            num_blocks,
+            dtype,
+        };
+        let mut kv = KvCache::new(config).expect("cache");
+        let mut qkv = Random(9).values(num_blocks * 16 * width);
+        let slots: Vec<u32> = (0..num_blocks as u32 * 16).collect();
+        let mut rope = Rope::new(&[1.0; 32], 1.0, slots.len());
+        cpu.prepare_rope(&mut rope, &slots);
+        for layer in 0..num_layers {
+            cpu.rope_and_store_kv(&mut qkv, &rope, &slots, layer, &mut kv);
+        }
+        // Every sequence's blocks are spread over the whole cache.
+        let block_tables = (0..num_blocks as u32)
+            .map(|i| {
+                i % (num_blocks / sequences) as u32 * sequences as u32 + i / (num_blocks / sequences) as u32
+            })
+            .collect();
+        let out = Buffer::zeroed(sequences * tokens * Self::HEADS * Self::HEAD_DIM);
+        Self { kv, qkv, out, tokens, context, sequences, block_tables, precision }
+    }
+
+    fn run(&mut self, cpu: &Cpu) {
+        let blocks = self.block_tables.len() / self.sequences;
+        let each = |size: usize| (0..=self.sequences).map(|i| (i * size) as u32).collect::<Vec<_>>();
+        let (cu_seqlens, offsets) = (each(self.tokens), each(blocks));
+        let batch = AttentionBatch {
+            cu_seqlens: &cu_seqlens,
+            context_lens: &vec![self.context as u32; self.sequences],
+            block_tables: &self.block_tables,
+            block_table_offsets: &offsets,
+        };
+        let rows = self.sequences * self.tokens;
+        let qkv = &self.qkv[..rows * (Self::HEADS + 2 * Self::KV_HEADS) * Self::HEAD_DIM];
+        for layer in 0..self.kv.config().num_layers {
+            cpu.attention(qkv, &batch, layer, &self.kv, 0.125, self.precision, &mut self.out);
+        }
+    }
+
+    fn flops(&self) -> f64 {
+        let pairs = self.tokens * self.context + self.tokens * (self.tokens + 1) / 2;
+        let layers = self.kv.config().num_layers;
+        (4 * layers * self.sequences * pairs * Self::HEADS * Self::HEAD_DIM) as f64
+    }
+
+    /// Bytes of keys and values that the sequences see.
+    fn bytes(&self) -> f64 {
+        let per_token = self.kv.config().bytes_per_block() / 16;
+        (self.sequences * (self.tokens + self.context) * per_token) as f64
+    }
+}
+
+const ATTENTION_CLASSES: [(KvDType, AttentionPrecision); 3] = [
+    (KvDType::Bf16, AttentionPrecision::Rounded),
+    (KvDType::Bf16, AttentionPrecision::Split),
+    (KvDType::F32, AttentionPrecision::Split),
+];
+
 fn attention(cpu: &Cpu, limits: &Limits) {
     println!("\nattention: 9 query heads, 3 KV heads, head dim 64");
-    let (heads, kv_heads, head_dim) = (9, 3, 64);
-    let width = (heads + 2 * kv_heads) * head_dim;
-    for dtype in [KvDType::Bf16, KvDType::F32] {
-        for (tokens, context) in [(512usize, 0usize), (512, 3584), (1, 512), (1, 4095)] {
-            let total = tokens + context;
-            let blocks: Vec<u32> = (0..total.div_ceil(16) as u32).collect();
-            let config = KvCacheConfig {
-                num_layers: 1,
-                num_kv_heads: kv_heads,
-                head_dim,
-                num_blocks: blocks.len(),
-                dtype,
-            };
-            let mut kv = KvCache::new(config).expect("cache");
-            let mut qkv = Random(9).values(total * width);
-            let mut rope = Rope::new(&[1.0; 32], 1.0, total);
-            cpu.prepare_rope(&mut rope, &(0..total as u32).collect::<Vec<_>>());
-            cpu.rope_and_store_kv(&mut qkv, &rope, &(0..total as u32).collect::<Vec<_>>(), 0, &mut kv);
-            let batch = AttentionBatch {
-                cu_seqlens: &[0, tokens as u32],
-                context_lens: &[context as u32],
-                block_tables: &blocks,
-                block_table_offsets: &[0, blocks.len() as u32],
-            };
-            let mut out = Buffer::zeroed(tokens * heads * head_dim);
-            let time =
-                best(|| cpu.attention(&qkv[..tokens * width], &batch, 0, &kv, 0.125, &mut out)).as_secs_f64();
-            let pairs = tokens * context + tokens * (tokens + 1) / 2;
-            let rate = (4 * pairs * heads * head_dim) as f64 / time;
-            let limit = if dtype == KvDType::Bf16 { limits.bf16_tflops } else { limits.f32_tflops } * 1e12;
+    for class in ATTENTION_CLASSES {
+        for sizes in [(1, 512, 0), (1, 4096, 0), (1, 512, 3584)] {
+            let mut attention = Attention::new(cpu, class, 1, sizes);
+            let time = best(|| attention.run(cpu)).as_secs_f64();
+            let rate = attention.flops() / time;
+            let limit = if class.0 == KvDType::F32 { limits.f32_tflops } else { limits.bf16_tflops } * 1e12;
             println!(
-                "  {dtype:>5} {tokens:>4} tokens on {context:>5}: {:8.1} us {:6.3} TFLOP/s {:5.1} %",
+                "  {:>5} {:?} {:>4} tokens on {:>5}: {:8.1} us {:6.3} TFLOP/s {:5.1} %",
+                class.0,
+                class.1,
+                sizes.1,
+                sizes.2,
                 time * 1e6,
                 rate / 1e12,
                 100.0 * rate / limit
             );
+        }
+        for sizes in [(1, 1, 512), (1, 1, 4095), (16, 1, 160)] {
+            // Thirty layers are more than the caches hold, one is not.
+            for layers in [1, 30] {
+                let mut attention = Attention::new(cpu, class, layers, sizes);
+                let time = best(|| attention.run(cpu)).as_secs_f64();
+                let rate = attention.bytes() / time / 1e9;
+                println!(
+                    "  {:>5} {:?} {:>2} x 1 token on {:>5}, {layers:>2} layers: {:8.1} us {rate:6.1} GB/s {:5.1} %",
+                    class.0,
+                    class.1,
+                    sizes.0,
+                    sizes.2,
+                    time * 1e6,
+                    100.0 * rate / limits.read_gb_per_s
+                );
+            }
         }
     }
 }

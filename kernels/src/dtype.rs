@@ -243,6 +243,17 @@ impl KvDType {
     }
 }
 
+/// How queries and softmax weights are rounded beside a cache of 16 bits or less; part of the numeric class. Beside f32 and
+/// f16 caches both are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AttentionPrecision {
+    /// To one bf16 number.
+    Rounded,
+    /// To the sum of two, 16 bits of mantissa: what the cache's own rounding costs is all that is lost, for twice the dot
+    /// products.
+    Split,
+}
+
 named_enum!(
     /// Instruction set class of the CPU backend; part of the numeric class.
     Isa, "instruction set", "scalar, avx2, avx512", {

@@ -20,5 +20,5 @@ mod error;
 pub mod limits;
 pub mod sampling;
 
-pub use dtype::{Activations, DType, Isa, KvDType, Matrix};
+pub use dtype::{Activations, AttentionPrecision, DType, Isa, KvDType, Matrix};
 pub use error::KernelError;

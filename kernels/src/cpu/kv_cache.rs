@@ -15,6 +15,7 @@
 //! Who owns which block is the engine's business; slots past a context hold anything, NaN included.
 
 use super::Bytes;
+use super::buffer::SharedMut;
 use super::simd::Simd;
 use crate::{KernelError, KvDType};
 
@@ -144,24 +145,27 @@ impl KvCache {
         ((layer * num_kv_heads + head) * num_blocks + block) * self.layout.unit_bytes()
     }
 
-    pub(crate) const fn layout(&self) -> UnitLayout {
-        self.layout
-    }
-
-    /// Bytes from one KV head of a layer to the next.
-    pub(crate) const fn head_stride(&self) -> usize {
-        self.config.num_blocks * self.layout.unit_bytes()
-    }
-
-    /// The first unit of a layer.
-    pub(crate) fn layer_ptr(&mut self, layer: usize) -> *mut u8 {
+    /// Where workers read and write the units of a layer.
+    ///
+    /// # Panics
+    /// If the layer is outside the cache.
+    pub(crate) fn layer(&mut self, layer: usize) -> KvLayer {
         let at = self.unit_at(layer, 0, 0);
-        self.data[at..].as_mut_ptr()
+        let units = SharedMut::new(self.data[at..].as_mut_ptr());
+        KvLayer { units, ..self.layer_for_reading(layer) }
     }
 
-    /// All blocks of one head of a layer.
-    pub(crate) fn head_ptr(&self, layer: usize, head: usize) -> *const u8 {
-        self.data[self.unit_at(layer, head, 0)..].as_ptr()
+    /// As [`Self::layer`], for those that do not write.
+    pub(crate) fn layer_for_reading(&self, layer: usize) -> KvLayer {
+        let at = self.unit_at(layer, 0, 0);
+        let KvCacheConfig { num_kv_heads, num_blocks, head_dim, .. } = self.config;
+        KvLayer {
+            units: SharedMut::new(self.data[at..].as_ptr().cast_mut()),
+            layout: self.layout,
+            num_kv_heads,
+            num_blocks,
+            head_dim,
+        }
     }
 
     /// Key and value of one element, for tests.
@@ -179,6 +183,27 @@ impl KvCache {
         };
         let slot = slot % BLOCK_SIZE;
         (value(self.layout.key_at(slot, d)), value(self.layout.value_at(slot, d)))
+    }
+}
+
+/// One layer of a cache as workers see it. It borrows nothing: whoever makes one keeps the cache alive and unmoved, writes
+/// through it only if it came from `&mut`, and lets no slot be read while it is written.
+#[derive(Clone, Copy)]
+pub(crate) struct KvLayer {
+    units: SharedMut<u8>,
+    pub(crate) layout: UnitLayout,
+    pub(crate) num_kv_heads: usize,
+    pub(crate) num_blocks: usize,
+    pub(crate) head_dim: usize,
+}
+
+impl KvLayer {
+    /// Block 0 of a head; the others follow in steps of `unit_bytes`.
+    ///
+    /// # Safety
+    /// The head is below `num_kv_heads`.
+    pub(crate) unsafe fn head(&self, head: usize) -> *mut u8 {
+        self.units.get().add(head * self.num_blocks * self.layout.unit_bytes())
     }
 }
 
@@ -259,26 +284,55 @@ impl UnitLayout {
         key: *const f32,
         value: *const f32,
     ) {
+        match self.dtype {
+            KvDType::F32 => {
+                for d in 0..self.head_dim {
+                    unit.add(self.key_at(slot, d)).cast::<f32>().write(*key.add(d));
+                    unit.add(self.value_at(slot, d)).cast::<f32>().write(*value.add(d));
+                }
+            }
+            KvDType::F16 => {
+                let mut rounded = [0u16; 16];
+                for start in (0..self.head_dim).step_by(16) {
+                    let n = (self.head_dim - start).min(16);
+                    s.store_f16(rounded.as_mut_ptr(), s.load_n(key.add(start), n));
+                    for i in 0..n {
+                        unit.add(self.key_at(slot, start + i)).cast::<u16>().write(rounded[i]);
+                    }
+                    s.store_f16(rounded.as_mut_ptr(), s.load_n(value.add(start), n));
+                    for i in 0..n {
+                        unit.add(self.value_at(slot, start + i)).cast::<u16>().write(rounded[i]);
+                    }
+                }
+            }
+            KvDType::Bf16 => self.store_bf16(s, unit, slot, key, value),
+        }
+    }
+
+    /// Keys go in pairs along the head dim. Values go one by one: the other half of a pair is the neighbouring slot, which
+    /// another worker may be writing.
+    #[inline(always)]
+    unsafe fn store_bf16<S: Simd>(
+        self,
+        s: S,
+        unit: *mut u8,
+        slot: usize,
+        key: *const f32,
+        value: *const f32,
+    ) {
+        let (first_key, first_value) = (unit.add(self.key_at(slot, 0)), unit.add(self.value_at(slot, 0)));
         let mut rounded = [0u16; 16];
         for start in (0..self.head_dim).step_by(16) {
             let n = (self.head_dim - start).min(16);
-            for (source, is_key) in [(key, true), (value, false)] {
-                let x = s.load_n(source.add(start), n);
-                let at =
-                    |i| if is_key { self.key_at(slot, start + i) } else { self.value_at(slot, start + i) };
-                match self.dtype {
-                    KvDType::F32 => {
-                        for i in 0..n {
-                            unit.add(at(i)).cast::<f32>().write(*source.add(start + i));
-                        }
-                        continue;
-                    }
-                    KvDType::F16 => s.store_f16(rounded.as_mut_ptr(), x),
-                    KvDType::Bf16 => s.store_bf16(rounded.as_mut_ptr(), x),
-                }
-                for i in 0..n {
-                    unit.add(at(i)).cast::<u16>().write(rounded[i]);
-                }
+            s.store_bf16(rounded.as_mut_ptr(), s.load_n(key.add(start), n));
+            // The head dim is even.
+            for pair in 0..n / 2 {
+                let out = first_key.add((start / 2 + pair) * 4 * BLOCK_SIZE);
+                out.cast::<[u16; 2]>().write([rounded[2 * pair], rounded[2 * pair + 1]]);
+            }
+            s.store_bf16(rounded.as_mut_ptr(), s.load_n(value.add(start), n));
+            for i in 0..n {
+                first_value.add((start + i) * 4).cast::<u16>().write(rounded[i]);
             }
         }
     }

@@ -26,6 +26,35 @@ pub(crate) unsafe fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     s.select_lt(x, underflow, s.splat(0.0), s.mul(e, scale))
 }
 
+/// Coefficients of r, r², … in minimax polynomials of 2^r − 1 on |r| ≤ 1/2, and the relative error of 2^r that they leave.
+pub(crate) mod exp2_polynomial {
+    /// 1.0e-4, far below the rounding of a bf16 number.
+    pub(crate) const SHORT: [f32; 3] = [0.693_282_9, 0.242_211, 0.055_008_937];
+    /// 9.2e-8.
+    #[expect(clippy::approx_constant, reason = "fitted; ln 2 itself would double the error")]
+    pub(crate) const LONG: [f32; 5] =
+        [0.693_147, 0.240_222_42, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
+}
+
+/// 2^x for x ≤ 127; 0 from −127 down, exactly 1 at 0, NaN stays NaN.
+#[inline(always)]
+pub(crate) unsafe fn exp2<S: Simd, const N: usize>(s: S, x: S::F, polynomial: &[f32; N]) -> S::F {
+    // Adding 1.5 · 2^23 rounds to an integer, which then stands in the low bits.
+    let magic = s.splat(12_582_912.0);
+    // max gives its second operand for NaN.
+    let x = s.max(s.splat(-127.0), x);
+    let shifted = s.add(x, magic);
+    let r = s.sub(x, s.sub(shifted, magic));
+    let mut p = s.splat(polynomial[N - 1]);
+    for i in (0..N - 1).rev() {
+        p = s.fma(p, r, s.splat(polynomial[i]));
+    }
+    let p = s.fma(p, r, s.splat(1.0));
+    // The exponent field of 2^-127 is 0, and so is that power.
+    let scale = s.float_of_bits(s.add_i(s.shl::<23>(s.bits(shifted)), s.splat_i(0x3f80_0000)));
+    s.mul(p, scale)
+}
+
 /// x · sigmoid(x).
 #[inline(always)]
 pub(crate) unsafe fn silu<S: Simd>(s: S, x: S::F) -> S::F {
@@ -80,6 +109,8 @@ mod tests {
 
     enum Function {
         Exp,
+        Exp2,
+        Exp2Short,
         Ln,
         Silu,
     }
@@ -94,6 +125,8 @@ mod tests {
             let x = s.load(self.1.as_ptr());
             let y = match self.0 {
                 Function::Exp => exp(s, x),
+                Function::Exp2 => exp2(s, x, &exp2_polynomial::LONG),
+                Function::Exp2Short => exp2(s, x, &exp2_polynomial::SHORT),
                 Function::Ln => ln(s, x),
                 Function::Silu => silu(s, x),
             };
@@ -132,6 +165,13 @@ mod tests {
     }
 
     #[test]
+    fn exp2_is_as_close_as_its_polynomial() {
+        let inputs = || (0..12_600).map(|i| 1.0 - i as f32 / 100.0);
+        check(inputs(), 2.5e-7, || Function::Exp2, f64::exp2);
+        check(inputs(), 1.1e-4, || Function::Exp2Short, f64::exp2);
+    }
+
+    #[test]
     fn ln_is_close_everywhere() {
         let inputs = (1..200_000)
             .map(|i| f32::from_bits(0x0080_0000 + i * 10_000))
@@ -153,6 +193,13 @@ mod tests {
             unsafe { dispatch(cpu.detected(), Apply(Function::Exp, &mut x)) };
             assert!(x[0].is_nan());
             assert_eq!(x[1..4], [0.0, 0.0, 1.0], "{}", cpu.isa());
+            for function in [Function::Exp2, Function::Exp2Short] {
+                x[..5].copy_from_slice(&[f32::NAN, f32::NEG_INFINITY, -127.0, 0.0, 1.0]);
+                // SAFETY: as above.
+                unsafe { dispatch(cpu.detected(), Apply(function, &mut x)) };
+                assert!(x[0].is_nan());
+                assert_eq!(x[1..4], [0.0, 0.0, 1.0], "{}", cpu.isa());
+            }
         }
     }
 }

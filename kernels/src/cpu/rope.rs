@@ -4,8 +4,11 @@
 //! rotary_dim on stay. As in transformers an angle is the f32 product of position and inverse frequency; cosine and sine
 //! are then taken accurately. They are computed once per step for its positions and serve all layers.
 
+use std::ops::Range;
+
 use super::buffer::SharedMut;
-use super::kv_cache::{BLOCK_SIZE, KvCache, UnitLayout};
+use super::isa::Detected;
+use super::kv_cache::{BLOCK_SIZE, KvCache, KvLayer};
 use super::simd::{Kernel, Simd, dispatch};
 use super::{Buffer, Cpu};
 
@@ -88,53 +91,63 @@ impl Cpu {
         if rows == 0 {
             return;
         }
-        let config = *kv.config();
-        let (head_dim, kv_heads) = (config.head_dim, config.num_kv_heads);
         let width = super::activation::whole_rows(qkv.len(), rows);
-        assert!(width.is_multiple_of(head_dim) && width / head_dim > 2 * kv_heads, "width of qkv");
-        assert!(rope.rotary_dim() <= head_dim, "rotary dim");
-        assert!(layer < config.num_layers, "layer");
-        let slots = config.num_blocks * BLOCK_SIZE;
-        assert!(slot_mapping.iter().all(|&slot| (slot as usize) < slots), "slot outside the cache");
-        let heads = width / head_dim - 2 * kv_heads;
-        let layout = kv.layout();
-        let store = StoreRows {
-            qkv: SharedMut::new(qkv.as_mut_ptr()),
-            width,
-            heads,
-            kv_heads,
-            head_dim,
-            table: SharedMut::new(rope.table.as_ptr().cast_mut()),
-            half: rope.rotary_dim() / 2,
-            slot_mapping,
-            layout,
-            cache: SharedMut::new(kv.layer_ptr(layer)),
-            head_stride: kv.head_stride(),
-        };
+        let store =
+            RotateAndStore::new(SharedMut::new(qkv.as_mut_ptr()), width, rope, slot_mapping, kv.layer(layer));
         let isa = self.isa;
         self.for_row_ranges(rows, width, |rows| {
-            // SAFETY: rows are disjoint; slots are inside the cache, and two tokens of a step never share one.
-            unsafe { dispatch(isa, (&store, rows)) };
+            // SAFETY: qkv has these rows, ranges are disjoint, and two tokens of a step never share a slot.
+            unsafe { store.rows(isa, rows) };
         });
     }
 }
 
-struct StoreRows<'a> {
+/// The rotation and the write of one layer, checked; workers call [`Self::rows`].
+pub(crate) struct RotateAndStore<'a> {
     qkv: SharedMut<f32>,
     width: usize,
+    /// Heads that turn: of queries, then of keys.
     heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    table: SharedMut<f32>,
-    half: usize,
+    rope: &'a Rope,
     slot_mapping: &'a [u32],
-    layout: UnitLayout,
-    /// The layer's first unit.
-    cache: SharedMut<u8>,
-    head_stride: usize,
+    kv: KvLayer,
 }
 
-impl Kernel for (&StoreRows<'_>, std::ops::Range<usize>) {
+impl<'a> RotateAndStore<'a> {
+    /// `qkv` f32 [T, width] is the step's first row; rows may be filled later, before [`Self::rows`] is called for them.
+    ///
+    /// # Panics
+    /// As [`Cpu::rope_and_store_kv`].
+    pub(crate) fn new(
+        qkv: SharedMut<f32>,
+        width: usize,
+        rope: &'a Rope,
+        slot_mapping: &'a [u32],
+        kv: KvLayer,
+    ) -> Self {
+        assert_eq!(slot_mapping.len(), rope.rows, "rows of a prepared rope");
+        assert!(
+            width.is_multiple_of(kv.head_dim) && width / kv.head_dim > 2 * kv.num_kv_heads,
+            "width of qkv"
+        );
+        assert!(rope.rotary_dim() <= kv.head_dim, "rotary dim");
+        let slots = kv.num_blocks * BLOCK_SIZE;
+        assert!(slot_mapping.iter().all(|&slot| (slot as usize) < slots), "slot outside the cache");
+        let heads = width / kv.head_dim - kv.num_kv_heads;
+        Self { qkv, width, heads, rope, slot_mapping, kv }
+    }
+
+    /// Rotates and stores `rows` on the calling worker.
+    ///
+    /// # Safety
+    /// The rows of qkv are valid and nobody else uses them or their slots, which are distinct; the cache may be written.
+    pub(crate) unsafe fn rows(&self, isa: Detected, rows: Range<usize>) {
+        assert!(rows.end <= self.slot_mapping.len(), "rows of the step");
+        dispatch(isa, (self, rows));
+    }
+}
+
+impl Kernel for (&RotateAndStore<'_>, Range<usize>) {
     type Output = ();
 
     #[inline(always)]
@@ -146,23 +159,24 @@ impl Kernel for (&StoreRows<'_>, std::ops::Range<usize>) {
     }
 }
 
-impl StoreRows<'_> {
+impl RotateAndStore<'_> {
     #[inline(always)]
     unsafe fn row<S: Simd>(&self, s: S, row: usize) {
+        let KvLayer { layout, num_kv_heads, head_dim, .. } = self.kv;
         let heads = self.qkv.get().add(row * self.width);
-        let cosines = self.table.get().add(row * 2 * self.half).cast_const();
-        let sines = cosines.add(self.half);
+        let half = self.rope.rotary_dim() / 2;
+        let cosines = self.rope.table.as_ptr().add(row * 2 * half);
+        let sines = cosines.add(half);
         // Queries and keys turn; keys in place too, where nothing reads them any more.
-        for head in 0..self.heads + self.kv_heads {
-            rotate(s, heads.add(head * self.head_dim), cosines, sines, self.half);
+        for head in 0..self.heads {
+            rotate(s, heads.add(head * head_dim), cosines, sines, half);
         }
         let slot = self.slot_mapping[row] as usize;
-        for head in 0..self.kv_heads {
-            let unit =
-                self.cache.get().add(head * self.head_stride + slot / BLOCK_SIZE * self.layout.unit_bytes());
-            let key = heads.add((self.heads + head) * self.head_dim).cast_const();
-            let value = key.add(self.kv_heads * self.head_dim);
-            self.layout.store(s, unit, slot % BLOCK_SIZE, key, value);
+        for head in 0..num_kv_heads {
+            let unit = self.kv.head(head).add(slot / BLOCK_SIZE * layout.unit_bytes());
+            let value = heads.add((self.heads + head) * head_dim).cast_const();
+            let key = value.sub(num_kv_heads * head_dim);
+            layout.store(s, unit, slot % BLOCK_SIZE, key, value);
         }
     }
 }
@@ -209,6 +223,16 @@ mod tests {
                 cpu.prepare_rope(&mut rope, &positions);
                 let mut rotated = qkv.clone();
                 cpu.rope_and_store_kv(&mut rotated, &rope, &slots, 1, &mut kv);
+                // The same in two ranges of rows, on the caller.
+                let (mut by_ranges, mut other) = (qkv.clone(), KvCache::new(config).unwrap());
+                let rows = SharedMut::new(by_ranges.as_mut_ptr());
+                let store = RotateAndStore::new(rows, width, &rope, &slots, other.layer(1));
+                // SAFETY: the ranges are the rows of qkv, each once.
+                unsafe { [0..1, 1..4].into_iter().for_each(|rows| store.rows(cpu.detected(), rows)) };
+                assert_eq!(by_ranges, rotated);
+                for (slot, d) in slots.iter().flat_map(|&slot| (0..head_dim).map(move |d| (slot, d))) {
+                    assert_eq!(other.read(1, 1, slot as usize, d), kv.read(1, 1, slot as usize, d));
+                }
                 for t in 0..4 {
                     let head = |index: usize| &qkv[t * width + index * head_dim..][..head_dim];
                     let expected = |index: usize, d: usize| {

@@ -9,7 +9,6 @@ use std::ops::Range;
 
 use super::buffer::SharedMut;
 use super::isa::Detected;
-use super::pool::Pool;
 use super::{Cpu, Scratch};
 
 /// The most rows of a block that one worker takes: its inputs and outputs together fill half of a second-level cache of 1 MiB for a hidden size of a
@@ -27,14 +26,14 @@ pub struct Team<'a> {
     pub(super) isa: Detected,
     pub(super) scratch: &'a Scratch,
     /// `None` for one worker alone.
-    pool: Option<&'a Pool>,
+    pub(super) all: Option<&'a Cpu>,
     worker: usize,
 }
 
 impl Cpu {
     /// All workers.
     pub const fn team(&self) -> Team<'_> {
-        Team { isa: self.isa, scratch: &self.scratch, pool: Some(&self.pool), worker: 0 }
+        Team { isa: self.isa, scratch: &self.scratch, all: Some(self), worker: 0 }
     }
 
     /// How many of `rows` one block of [`Cpu::for_row_blocks`] should have where a block reads `weight_bytes` of weights:
@@ -76,7 +75,7 @@ impl Cpu {
                 // SAFETY: blocks are disjoint, each goes to one worker, and the buffers are borrowed exclusively meanwhile.
                 unsafe { std::slice::from_raw_parts_mut(buffer.get().add(start * cols), range.len() * cols) }
             });
-            job(&Team { isa, scratch, pool: None, worker }, range, parts);
+            job(&Team { isa, scratch, all: None, worker }, range, parts);
         });
     }
 }
@@ -88,13 +87,13 @@ impl Team<'_> {
     }
 
     pub(super) fn threads(&self) -> usize {
-        self.pool.map_or(1, Pool::threads)
+        self.all.map_or(1, Cpu::threads)
     }
 
     /// Calls `job(worker, item)` for every item, each once, on whichever worker is free.
     pub(super) fn run_items(&self, items: usize, job: impl Fn(usize, usize) + Sync) {
-        match self.pool {
-            Some(pool) => pool.run_items(items, job),
+        match self.all {
+            Some(cpu) => cpu.pool.run_items(items, job),
             None => (0..items).for_each(|item| job(self.worker, item)),
         }
     }

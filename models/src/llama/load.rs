@@ -166,6 +166,7 @@ impl Workspace {
         let input = |rows, cols| Activation::new(rows, cols, options.activations);
         let inputs = |rows| Inputs {
             normed: input(rows, hidden),
+            attention: Buffer::zeroed(rows * query),
             attended: input(rows, query),
             gated: input(rows, config.intermediate_size),
         };
@@ -174,7 +175,6 @@ impl Workspace {
         Self {
             hidden: Buffer::zeroed(tokens * hidden),
             qkv: Buffer::zeroed(tokens * (query + 2 * config.kv_size())),
-            attended: Buffer::zeroed(tokens * query),
             inputs: (0..workers).map(of_worker).collect(),
             final_normed: input(rows, hidden),
             logits: Buffer::zeroed(rows * config.vocab_size),

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tandem_kernels::cpu::{
     Activation, AttentionBatch, Buffer, Cpu, Epilogue, KvCache, KvCacheConfig, Linear, Rope, Team,
 };
-use tandem_kernels::{Activations, KvDType};
+use tandem_kernels::{Activations, AttentionPrecision, KvDType};
 
 use crate::batch::ForwardBatch;
 use crate::config::ModelConfig;
@@ -58,8 +58,6 @@ struct Workspace {
     hidden: Buffer,
     /// `[T, (H + 2K) · D]`.
     qkv: Buffer,
-    /// `[T, H · D]` attention output.
-    attended: Buffer,
     /// Inputs of linear layers, one set per worker; the first is also that of all workers together.
     inputs: Vec<Mutex<Inputs>>,
     /// `[R, E]` normalised rows that need logits.
@@ -73,7 +71,8 @@ struct Workspace {
 struct Inputs {
     /// `[rows, E]` normalised residual stream.
     normed: Activation,
-    /// `[rows, H · D]` attention output.
+    /// `[rows, H · D]` attention output, and the same as a linear layer's input.
+    attention: Buffer,
     attended: Activation,
     /// `[rows, I]` gated MLP.
     gated: Activation,
@@ -132,11 +131,14 @@ impl Llama {
         }
         let num_tokens = batch.num_tokens();
         assert!(num_tokens <= self.options.max_tokens, "step of {num_tokens} tokens");
+        let precision = match self.activations() {
+            Activations::Int8 => AttentionPrecision::Rounded,
+            _ => AttentionPrecision::Split,
+        };
         let config = &self.config;
         let work = &mut self.work;
         let hidden = &mut work.hidden[..num_tokens * config.hidden_size];
         let qkv = &mut work.qkv[..num_tokens * (config.query_size() + 2 * config.kv_size())];
-        let attended = &mut work.attended[..num_tokens * config.query_size()];
         let inputs = &work.inputs;
         cpu.embed(self.embedding.as_ref().unwrap_or(&self.lm_head), &batch.token_ids, hidden);
         cpu.prepare_rope(&mut work.rope, &batch.positions);
@@ -147,19 +149,20 @@ impl Llama {
             block_table_offsets: &batch.block_table_offsets,
         };
         let scale = 1.0 / (config.head_dim as f32).sqrt();
-        // Between two attentions every operation works row by row: one region, which ends with the next layer's
-        // queries, keys and values.
+        // From one write of keys and values to the next every operation works row by row: one region, which ends with the
+        // next layer's queries, keys and values.
         let block_rows = cpu.block_rows(num_tokens, self.layers[0].bytes());
         cpu.for_row_blocks(num_tokens, block_rows, [&mut *hidden, &mut *qkv], |team, _, [hidden, qkv]| {
             self.layers[0].project(team, config, &mut inputs_of(inputs, team), hidden, qkv);
         });
         for (index, layer) in self.layers.iter().enumerate() {
             cpu.rope_and_store_kv(qkv, &work.rope, &batch.slot_mapping, index, kv);
-            cpu.attention(qkv, &geometry, index, kv, scale, attended);
-            let buffers = [&mut *hidden, &mut *qkv, &mut *attended];
-            cpu.for_row_blocks(num_tokens, block_rows, buffers, |team, _, [hidden, qkv, attended]| {
-                let inputs = &mut inputs_of(inputs, team);
-                layer.attention_output(team, inputs, attended, hidden);
+            let (kv, buffers) = (&*kv, [&mut *hidden, &mut *qkv]);
+            cpu.for_row_blocks(num_tokens, block_rows, buffers, |team, rows, [hidden, qkv]| {
+                let inputs = &mut *inputs_of(inputs, team);
+                let attention = &mut inputs.attention[..rows.len() * config.query_size()];
+                team.attention(qkv, rows, &geometry, index, kv, scale, precision, attention);
+                layer.attention_output(team, inputs, hidden);
                 layer.feed_forward(team, config, inputs, hidden);
                 if let Some(next) = self.layers.get(index + 1) {
                     next.project(team, config, inputs, hidden, qkv);
@@ -212,10 +215,12 @@ impl Layer {
         team.linear(&self.qkv, &inputs.normed, qkv, Epilogue::Store);
     }
 
-    /// `hidden += output(attended)`.
-    fn attention_output(&self, team: &Team<'_>, inputs: &mut Inputs, attended: &[f32], hidden: &mut [f32]) {
+    /// `hidden += output(attention)`.
+    fn attention_output(&self, team: &Team<'_>, inputs: &mut Inputs, hidden: &mut [f32]) {
         inputs.attended.set_class(self.attention_output.activations());
-        team.quantize(attended, &mut inputs.attended);
+        let rows = hidden.len() / self.attention_output.out_features();
+        let width = self.attention_output.in_features();
+        team.quantize(&inputs.attention[..rows * width], &mut inputs.attended);
         team.linear(&self.attention_output, &inputs.attended, hidden, Epilogue::Add);
     }
 

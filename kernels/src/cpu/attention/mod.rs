@@ -6,38 +6,45 @@
 //! one token or inside a chunk, and whether one worker walks all spans or each span has its own.
 //!
 //! # Work
-//! An item is (sequence, tile of query tokens, KV head): all query heads of the group and up to 12 rows share each load of a
-//! key or value. When there are fewer items than workers could use (one long sequence decoding), items are split by span
-//! into a partial buffer and merged by a second pass.
+//! An item is a [`tile`]: (sequence, tile of query tokens, KV head). All query heads of the group and up to 12 rows share
+//! each load of a key or value, and up to 48 rows each fetch of a span into the near caches. When there are fewer items
+//! than workers could use (one long sequence decoding), items are split by span into a partial buffer and merged by a
+//! second pass. [`LayerAttention::rows`] does any rows of the step on one worker.
 //!
 //! # Precision
-//! With a bf16 cache, each query and softmax weight is the sum of two bf16 numbers, multiplied by the bf16 dot product with
-//! f32 sums: what the cache's own rounding costs is all that is lost. With f32 and f16 caches everything is f32.
+//! With a bf16 cache queries and softmax weights are bf16 numbers, or sums of two ([`AttentionPrecision`]), multiplied by the
+//! bf16 dot product with f32 sums. The sum that divides is that of the rounded weights, so rounding does not bias. With f32
+//! and f16 caches everything is f32.
 
-mod span;
+mod chunk;
+mod operand;
+mod tile;
 
 use std::ops::Range;
 
-use span::{FinishRows, MergeSpan, SpanArgs, SpanKernel};
+use tile::{MergeKernel, Task, Tile, TileKernel, partial_stride, scratch_bytes};
 
 use super::activation::whole_rows;
 use super::buffer::{Bytes, SharedMut};
 use super::isa::Detected;
-use super::kv_cache::{BLOCK_SIZE, KvCache, MAX_HEAD_DIM, UnitLayout};
+use super::kv_cache::{BLOCK_SIZE, KvCache, KvLayer};
 use super::simd::dispatch;
-use super::{Cpu, Scratch};
+use super::{Cpu, Scratch, Team};
+use crate::AttentionPrecision;
 
 /// Keys whose softmax is taken together; part of the numeric class.
 pub(crate) const SPAN: usize = 256;
 
-/// Rows (query tokens × heads of the group) that share loads of keys and values.
-const TILE_ROWS: usize = 12;
+/// Rows (query tokens × heads of the group) of a tile: enough to read a long context seldom, and still many items.
+const MAX_TILE_ROWS: usize = 48;
+/// Rows of a tile when there is little to share out.
+const MIN_TILE_ROWS: usize = 12;
 
 /// The most query heads per KV head that attention takes; bounds the scratch memory of a tile.
 pub const MAX_GROUP: usize = 128;
 
 /// Scores times output width below which the caller is done before a worker would have started (about 2 µs).
-const WORTH_A_FORK: usize = 96 * 1024;
+const WORTH_A_FORK: usize = 128 * 1024;
 
 /// The sequences of a step. `S` sequences, `T` tokens.
 #[derive(Clone, Copy, Debug)]
@@ -53,23 +60,31 @@ pub struct AttentionBatch<'a> {
 }
 
 impl AttentionBatch<'_> {
-    fn check(&self, rows: usize, num_blocks: usize) {
+    fn rows(&self) -> usize {
+        *self.cu_seqlens.last().expect("cu_seqlens has an end") as usize
+    }
+
+    fn check(&self, num_blocks: usize) {
         let sequences = self.context_lens.len();
         assert_eq!(self.cu_seqlens.len(), sequences + 1, "cu_seqlens");
         assert_eq!(self.block_table_offsets.len(), sequences + 1, "block table offsets");
-        assert!(self.cu_seqlens[0] == 0 && self.cu_seqlens[sequences] as usize == rows, "ends of cu_seqlens");
+        assert_eq!(self.cu_seqlens[0], 0, "start of cu_seqlens");
         for sequence in 0..sequences {
-            let tokens = self.tokens(sequence).len();
             assert!(self.cu_seqlens[sequence] <= self.cu_seqlens[sequence + 1], "cu_seqlens decreases");
             let blocks = self.blocks(sequence);
-            let needed = (self.context_lens[sequence] as usize + tokens).div_ceil(BLOCK_SIZE);
+            let needed = self.keys(sequence).div_ceil(BLOCK_SIZE);
             assert!(
-                tokens == 0 || blocks.len() >= needed,
+                self.tokens(sequence).is_empty() || blocks.len() >= needed,
                 "{} blocks where {needed} are needed",
                 blocks.len()
             );
             assert!(blocks.iter().all(|&block| (block as usize) < num_blocks), "block outside the cache");
         }
+    }
+
+    /// Tokens cached when the step is done.
+    fn keys(&self, sequence: usize) -> usize {
+        self.context_lens[sequence] as usize + self.tokens(sequence).len()
     }
 
     fn tokens(&self, sequence: usize) -> Range<usize> {
@@ -80,6 +95,38 @@ impl AttentionBatch<'_> {
         let range =
             self.block_table_offsets[sequence] as usize..self.block_table_offsets[sequence + 1] as usize;
         &self.block_tables[range]
+    }
+}
+
+impl Team<'_> {
+    /// [`Cpu::attention`] for `rows` of the step, which may start and end inside a sequence's tokens. `qkv` and `out` hold
+    /// these rows only; a team of all workers takes all rows of the step.
+    ///
+    /// # Panics
+    /// Also if `rows` are not what the team can take.
+    pub fn attention(
+        &self,
+        qkv: &[f32],
+        rows: Range<usize>,
+        batch: &AttentionBatch<'_>,
+        layer: usize,
+        kv: &KvCache,
+        scale: f32,
+        precision: AttentionPrecision,
+        out: &mut [f32],
+    ) {
+        if let Some(cpu) = self.all {
+            assert_eq!(rows, 0..batch.rows(), "rows for all workers");
+            return cpu.attention(qkv, batch, layer, kv, scale, precision, out);
+        }
+        let (qkv_width, out_width) = (whole_rows(qkv.len(), rows.len()), whole_rows(out.len(), rows.len()));
+        // Where the step's first row would be; only the rows given are touched.
+        let first = qkv.as_ptr().wrapping_sub(rows.start * qkv_width).cast_mut();
+        let kv = kv.layer_for_reading(layer);
+        let layer = LayerAttention::new(SharedMut::new(first), qkv_width, batch, kv, scale, precision);
+        assert_eq!(out_width, layer.out_width(), "width of the attention output");
+        // SAFETY: qkv and out have these rows, and the scratch is this worker's.
+        unsafe { layer.rows(self.isa, self.scratch.of(self.worker()), rows, out.as_mut_ptr()) };
     }
 }
 
@@ -96,241 +143,199 @@ impl Cpu {
         layer: usize,
         kv: &KvCache,
         scale: f32,
+        precision: AttentionPrecision,
         out: &mut [f32],
     ) {
-        let config = kv.config();
-        let rows = *batch.cu_seqlens.last().expect("cu_seqlens has an end") as usize;
-        batch.check(rows, config.num_blocks);
+        let rows = batch.rows();
         if rows == 0 {
             return;
         }
         let (qkv_width, out_width) = (whole_rows(qkv.len(), rows), whole_rows(out.len(), rows));
-        let head_dim = config.head_dim;
-        let heads = out_width / head_dim;
-        assert_eq!(out_width, heads * head_dim, "width of the attention output");
-        assert_eq!(qkv_width, out_width + 2 * config.num_kv_heads * head_dim, "width of qkv");
-        assert!(heads.is_multiple_of(config.num_kv_heads), "query heads per KV head");
-        let group = heads / config.num_kv_heads;
-        assert!((1..=MAX_GROUP).contains(&group), "{group} query heads per KV head");
-        let job = Job {
-            isa: self.detected(),
-            qkv,
+        let layer = LayerAttention::new(
+            SharedMut::new(qkv.as_ptr().cast_mut()),
             qkv_width,
-            out: SharedMut::new(out.as_mut_ptr()),
-            out_width,
             batch,
-            kv,
-            layout: kv.layout(),
-            layer,
-            kv_heads: config.num_kv_heads,
-            group,
-            head_dim,
+            kv.layer_for_reading(layer),
             scale,
-            tile_tokens: (TILE_ROWS / group).max(1),
-        };
-        self.run_attention(&job);
-    }
-
-    fn run_attention(&self, job: &Job<'_>) {
-        let mut tile_ends = self.tile_ends.borrow_mut();
-        tile_ends.clear();
-        let mut tiles = 0;
-        let mut spans = 0;
-        let mut scores = 0;
-        for sequence in 0..job.batch.context_lens.len() {
-            let tokens = job.batch.tokens(sequence).len();
-            tiles += tokens.div_ceil(job.tile_tokens);
-            tile_ends.push(tiles);
-            scores += tokens * (job.batch.context_lens[sequence] as usize + tokens);
-            spans = spans.max((job.batch.context_lens[sequence] as usize + tokens).div_ceil(SPAN));
-        }
-        let tile_ends = &tile_ends[..];
-        let items = tiles * job.kv_heads;
-        let scratch = &self.scratch;
-        if scores * job.out_width < WORTH_A_FORK {
-            for item in 0..items {
-                // SAFETY: no job is running, so the caller is worker 0 and writes all of the output.
-                unsafe { job.whole_tile(&job.tile(tile_ends, item), scratch.of(0)) };
-            }
+            precision,
+        );
+        assert_eq!(out_width, layer.out_width(), "width of the attention output");
+        let out = SharedMut::new(out.as_mut_ptr());
+        let scores: usize = (0..batch.context_lens.len())
+            .map(|sequence| batch.tokens(sequence).len() * batch.keys(sequence))
+            .sum();
+        if self.threads() == 1 || scores * out_width < WORTH_A_FORK {
+            // SAFETY: qkv and out have all rows; no job is running, so the caller is worker 0.
+            unsafe { layer.rows(self.detected(), self.scratch.of(0), 0..rows, out.get()) };
             return;
         }
-        if items >= 2 * self.threads() || spans == 1 || self.threads() == 1 {
+        self.share_out_attention(&layer, out);
+    }
+
+    fn share_out_attention(&self, layer: &LayerAttention<'_>, out: SharedMut<f32>) {
+        let (batch, isa, scratch) = (layer.batch, self.detected(), &self.scratch);
+        // About eight items per worker, so that they finish together.
+        let rows_per_item = batch.rows() * layer.group * layer.kv.num_kv_heads / (8 * self.threads());
+        let tile_tokens = (rows_per_item.clamp(MIN_TILE_ROWS, MAX_TILE_ROWS) / layer.group).max(1);
+        let mut tile_ends = self.tile_ends.borrow_mut();
+        tile_ends.clear();
+        let (mut tiles, mut spans) = (0, 0);
+        for sequence in 0..batch.context_lens.len() {
+            tiles += batch.tokens(sequence).len().div_ceil(tile_tokens);
+            tile_ends.push(tiles);
+            spans = spans.max(batch.keys(sequence).div_ceil(SPAN));
+        }
+        let tile_ends = &tile_ends[..];
+        let items = tiles * layer.kv.num_kv_heads;
+        let tile = |item: usize| layer.tile(tile_ends, tile_tokens, item);
+        if items >= 2 * self.threads() || spans == 1 {
             // Late tiles see the most keys: they go first, so that the workers finish together.
             self.pool.run_items(items, |worker, item| {
-                let tile = job.tile(tile_ends, items - 1 - item);
+                let (tile, at) = tile(items - 1 - item);
                 // SAFETY: the scratch is this worker's; tiles write disjoint rows and heads of the output.
-                unsafe { job.whole_tile(&tile, scratch.of(worker)) };
+                unsafe { layer.whole_tile(isa, &tile, out.get().add(at), scratch.of(worker)) };
             });
             return;
         }
         let mut partials = self.span_partials.borrow_mut();
-        let tile_floats = job.tile_rows() * job.partial_stride();
+        let tile_floats = tile_tokens * layer.group * partial_stride(layer.kv.layout.padded());
         let bytes = items * spans * tile_floats * size_of::<f32>();
         if partials.len() < bytes {
             *partials = Bytes::zeroed(bytes);
         }
         let partials = SharedMut::new(partials.as_mut_ptr().cast::<f32>());
         self.pool.run_items(items * spans, |worker, item| {
-            let tile = job.tile(tile_ends, item / spans);
-            if item % spans < tile.spans() {
+            let (tile, _) = tile(item / spans);
+            let index = item % spans;
+            if index < tile.num_spans() {
                 // SAFETY: every item has its own partials, the scratch is this worker's.
                 unsafe {
-                    job.span(&tile, item % spans, partials.get().add(item * tile_floats), scratch.of(worker))
-                };
+                    let task = Task::Span { index, partials: partials.get().add(item * tile_floats) };
+                    dispatch(isa, TileKernel { tile: &tile, task, scratch: scratch.of(worker) });
+                }
             }
         });
         self.pool.run_items(items, |_, item| {
-            let tile = job.tile(tile_ends, item);
+            let (tile, at) = tile(item);
             // SAFETY: tiles write disjoint rows and heads, and merge only their own partials.
             unsafe {
-                let first = partials.get().add(item * spans * tile_floats);
-                for span in 1..tile.spans() {
-                    job.merge(&tile, span, first, first.add(span * tile_floats));
-                }
-                job.finish(&tile, first);
+                let kernel = MergeKernel {
+                    tile: &tile,
+                    partials: partials.get().add(item * spans * tile_floats),
+                    span_stride: tile_floats,
+                    out: out.get().add(at),
+                    out_stride: layer.out_width(),
+                };
+                dispatch(isa, kernel);
             }
         });
     }
 }
 
-struct Job<'a> {
-    isa: Detected,
-    qkv: &'a [f32],
+/// Attention of a step in one layer, checked; workers call [`Self::rows`].
+pub(crate) struct LayerAttention<'a> {
+    qkv: SharedMut<f32>,
     qkv_width: usize,
-    out: SharedMut<f32>,
-    out_width: usize,
     batch: &'a AttentionBatch<'a>,
-    kv: &'a KvCache,
-    layout: UnitLayout,
-    layer: usize,
-    kv_heads: usize,
+    kv: KvLayer,
     /// Query heads per KV head.
     group: usize,
-    head_dim: usize,
+    /// Scale of the scores times log2 e.
     scale: f32,
-    tile_tokens: usize,
+    precision: AttentionPrecision,
 }
 
-/// Query tokens of one sequence, and one KV head with its group of query heads. Row = token · group + head of the group.
-struct Tile<'a> {
-    blocks: &'a [u32],
-    kv_head: usize,
-    /// Rows of the step's T.
-    tokens: Range<usize>,
-    /// Keys that the first token sees; each later token sees one more.
-    first_limit: usize,
-}
-
-impl Tile<'_> {
-    fn last_limit(&self) -> usize {
-        self.first_limit + self.tokens.len() - 1
+impl<'a> LayerAttention<'a> {
+    /// `qkv` f32 [T, (H + 2K)·D] is the step's first row; rows may be filled later, before [`Self::rows`] reads them.
+    ///
+    /// # Panics
+    /// As [`Cpu::attention`].
+    pub(crate) fn new(
+        qkv: SharedMut<f32>,
+        qkv_width: usize,
+        batch: &'a AttentionBatch<'a>,
+        kv: KvLayer,
+        scale: f32,
+        precision: AttentionPrecision,
+    ) -> Self {
+        batch.check(kv.num_blocks);
+        let heads = (qkv_width / kv.head_dim).saturating_sub(2 * kv.num_kv_heads);
+        assert_eq!(qkv_width, (heads + 2 * kv.num_kv_heads) * kv.head_dim, "width of qkv");
+        assert!(heads.is_multiple_of(kv.num_kv_heads), "query heads per KV head");
+        let group = heads / kv.num_kv_heads;
+        assert!((1..=MAX_GROUP).contains(&group), "{group} query heads per KV head");
+        let scale = scale * std::f32::consts::LOG2_E;
+        Self { qkv, qkv_width, batch, kv, group, scale, precision }
     }
 
-    fn spans(&self) -> usize {
-        self.last_limit().div_ceil(SPAN)
-    }
-}
-
-impl<'a> Job<'a> {
-    fn tile_rows(&self) -> usize {
-        self.tile_tokens * self.group
+    fn out_width(&self) -> usize {
+        self.kv.num_kv_heads * self.group * self.kv.head_dim
     }
 
-    /// f32 values per row of partials: weighted values, then maximum and sum on their own cache line.
-    const fn partial_stride(&self) -> usize {
-        self.layout.padded() + 16
+    /// All heads of some rows of the step on the calling worker: `out` f32 [rows, H·D]. The same bits as
+    /// [`Cpu::attention`]; the range may start and end inside a sequence's tokens.
+    ///
+    /// # Safety
+    /// These rows of qkv and `out` are valid, keys and values that they see are written, nobody writes any of them
+    /// meanwhile, and `scratch` is `Scratch::PER_WORKER` bytes of this worker.
+    pub(crate) unsafe fn rows(&self, isa: Detected, scratch: *mut u8, rows: Range<usize>, out: *mut f32) {
+        let batch = self.batch;
+        assert!(rows.end <= batch.rows(), "rows of the step");
+        let tile_tokens = (MAX_TILE_ROWS / self.group).max(1);
+        let mut sequence = batch.cu_seqlens.partition_point(|&start| start as usize <= rows.start) - 1;
+        let mut start = rows.start;
+        while start < rows.end {
+            let end = batch.tokens(sequence).end.min(rows.end);
+            while start < end {
+                let tokens = start..end.min(start + tile_tokens);
+                start = tokens.end;
+                for kv_head in 0..self.kv.num_kv_heads {
+                    let (tile, at) = self.tile_of(sequence, tokens.clone(), kv_head);
+                    self.whole_tile(isa, &tile, out.add(at - rows.start * self.out_width()), scratch);
+                }
+            }
+            sequence += 1;
+        }
     }
 
-    fn tile(&self, tile_ends: &[usize], item: usize) -> Tile<'a> {
-        let (tile, kv_head) = (item / self.kv_heads, item % self.kv_heads);
+    /// A tile of the whole step and where its output starts.
+    fn tile(&self, tile_ends: &[usize], tile_tokens: usize, item: usize) -> (Tile<'a>, usize) {
+        let (tile, kv_head) = (item / self.kv.num_kv_heads, item % self.kv.num_kv_heads);
         let sequence = tile_ends.partition_point(|&end| end <= tile);
         let before = if sequence == 0 { 0 } else { tile_ends[sequence - 1] };
         let tokens = self.batch.tokens(sequence);
-        let offset = (tile - before) * self.tile_tokens;
-        let start = tokens.start + offset;
-        Tile {
-            blocks: self.batch.blocks(sequence),
+        let start = tokens.start + (tile - before) * tile_tokens;
+        self.tile_of(sequence, start..tokens.end.min(start + tile_tokens), kv_head)
+    }
+
+    fn tile_of(&self, sequence: usize, tokens: Range<usize>, kv_head: usize) -> (Tile<'a>, usize) {
+        let offset = tokens.start - self.batch.tokens(sequence).start;
+        let head = kv_head * self.group * self.kv.head_dim;
+        let tile = Tile {
+            kv: self.kv,
             kv_head,
-            tokens: start..tokens.end.min(start + self.tile_tokens),
-            first_limit: self.batch.context_lens[sequence] as usize + offset + 1,
-        }
-    }
-
-    /// All spans of a tile in order.
-    ///
-    /// # Safety
-    /// `scratch` is this worker's alone, and nobody else writes the tile's rows and heads.
-    unsafe fn whole_tile(&self, tile: &Tile<'_>, scratch: *mut u8) {
-        let total = scratch.cast::<f32>();
-        let next = total.add(self.tile_rows() * self.partial_stride());
-        let rest = scratch.add(2 * self.tile_rows() * self.partial_stride() * size_of::<f32>());
-        self.span(tile, 0, total, rest);
-        for span in 1..tile.spans() {
-            self.span(tile, span, next, rest);
-            self.merge(tile, span, total, next);
-        }
-        self.finish(tile, total);
-    }
-
-    /// One span's partials for every row of the tile that sees any of it.
-    unsafe fn span(&self, tile: &Tile<'_>, span: usize, partials: *mut f32, scratch: *mut u8) {
-        let start = span * SPAN;
-        let keys = (tile.last_limit() - start).min(SPAN);
-        let first_block = start / BLOCK_SIZE;
-        let blocks = &tile.blocks[first_block..first_block + keys.div_ceil(BLOCK_SIZE)];
-        let queries = self
-            .qkv
-            .as_ptr()
-            .add(tile.tokens.start * self.qkv_width + tile.kv_head * self.group * self.head_dim);
-        let args = SpanArgs {
-            head: self.kv.head_ptr(self.layer, tile.kv_head),
-            layout: self.layout,
-            head_dim: self.head_dim,
-            blocks,
-            queries,
+            blocks: self.batch.blocks(sequence),
+            queries: self.qkv.get().wrapping_add(tokens.start * self.qkv_width + head),
             query_stride: self.qkv_width,
-            tokens: tile.tokens.len(),
+            num_tokens: tokens.len(),
             group: self.group,
-            first_limit: tile.first_limit as isize - start as isize,
+            first_limit: self.batch.context_lens[sequence] as usize + offset + 1,
             scale: self.scale,
-            partials,
-            partial_stride: self.partial_stride(),
-            scratch,
+            precision: self.precision,
         };
-        dispatch(self.isa, SpanKernel(&args));
+        (tile, tokens.start * self.out_width() + head)
     }
 
-    /// Merges a later span's partials into the total, for the rows that see that span.
-    unsafe fn merge(&self, tile: &Tile<'_>, span: usize, total: *mut f32, next: *const f32) {
-        let hidden = (span * SPAN + 1).saturating_sub(tile.first_limit).min(tile.tokens.len());
-        let rows = hidden * self.group..tile.tokens.len() * self.group;
-        let (stride, padded) = (self.partial_stride(), self.layout.padded());
-        dispatch(self.isa, MergeSpan { total, next, rows, stride, padded });
-    }
-
-    unsafe fn finish(&self, tile: &Tile<'_>, total: *const f32) {
-        let out = self
-            .out
-            .get()
-            .add(tile.tokens.start * self.out_width + tile.kv_head * self.group * self.head_dim);
-        let kernel = FinishRows {
-            total,
-            stride: self.partial_stride(),
-            padded: self.layout.padded(),
-            out,
-            out_stride: self.out_width,
-            tokens: tile.tokens.len(),
-            group: self.group,
-            head_dim: self.head_dim,
-        };
-        dispatch(self.isa, kernel);
+    /// # Safety
+    /// `scratch` is this worker's alone, nobody else writes the tile's rows and heads, which start at `out`.
+    unsafe fn whole_tile(&self, isa: Detected, tile: &Tile<'_>, out: *mut f32, scratch: *mut u8) {
+        let task = Task::Whole { out, out_stride: self.out_width() };
+        dispatch(isa, TileKernel { tile, task, scratch });
     }
 }
 
-// Two partials, queries, scores and weights of the largest tile fit into a worker's scratch.
-const _: () = assert!(
-    MAX_GROUP * (2 * (MAX_HEAD_DIM + 16) * 4 + MAX_HEAD_DIM * 4 + SPAN * 4 + SPAN * 4) <= Scratch::PER_WORKER
-);
+// Queries, partial results and buffers of the largest tile fit into a worker's scratch.
+const _: () = assert!(MAX_GROUP >= MAX_TILE_ROWS && scratch_bytes(MAX_GROUP) <= Scratch::PER_WORKER);
 
 #[cfg(test)]
 mod tests;

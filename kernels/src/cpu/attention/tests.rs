@@ -3,9 +3,14 @@
 use super::super::testing::{Random, backends};
 use super::super::{BLOCK_SIZE, KvCacheConfig, Rope, reference};
 use super::*;
-use crate::KvDType;
+use crate::{AttentionPrecision, KvDType};
 
-const DTYPES: [KvDType; 3] = [KvDType::F32, KvDType::F16, KvDType::Bf16];
+const CLASSES: [(KvDType, AttentionPrecision); 4] = [
+    (KvDType::F32, AttentionPrecision::Rounded),
+    (KvDType::F16, AttentionPrecision::Rounded),
+    (KvDType::Bf16, AttentionPrecision::Rounded),
+    (KvDType::Bf16, AttentionPrecision::Split),
+];
 
 /// One sequence of a test: its tokens' qkv rows, and its shuffled blocks.
 struct Sequence {
@@ -17,6 +22,7 @@ struct Sequence {
 struct Fixture {
     heads: usize,
     config: KvCacheConfig,
+    precision: AttentionPrecision,
     sequences: Vec<Sequence>,
 }
 
@@ -24,7 +30,7 @@ impl Fixture {
     fn new(
         random: &mut Random,
         (heads, kv_heads, head_dim): (usize, usize, usize),
-        dtype: KvDType,
+        (dtype, precision): (KvDType, AttentionPrecision),
         lens: &[usize],
     ) -> Self {
         let width = (heads + 2 * kv_heads) * head_dim;
@@ -44,7 +50,7 @@ impl Fixture {
             .collect();
         let config =
             KvCacheConfig { num_layers: 2, num_kv_heads: kv_heads, head_dim, num_blocks: 2 * needed, dtype };
-        Self { heads, config, sequences }
+        Self { heads, config, precision, sequences }
     }
 
     fn width(&self) -> usize {
@@ -62,7 +68,7 @@ impl Fixture {
         self.checked_step(cpu, kv, parts, false)
     }
 
-    /// As `step`, compared with the reference.
+    /// As `step`; if asked to, compared with the reference and with any rows done apart.
     fn checked_step(
         &self,
         cpu: &Cpu,
@@ -94,15 +100,21 @@ impl Fixture {
             block_tables: &tables,
             block_table_offsets: &offsets,
         };
-        let mut out = vec![f32::NAN; slots.len() * self.heads * head_dim];
+        let out_width = self.heads * head_dim;
+        let mut out = vec![f32::NAN; slots.len() * out_width];
         let scale = 1.7 / (head_dim as f32).sqrt();
-        cpu.attention(&qkv, &batch, 1, kv, scale, &mut out);
+        cpu.attention(&qkv, &batch, 1, kv, scale, self.precision, &mut out);
         if compare {
+            self.check_rows(cpu, &qkv, &batch, kv, scale, &out);
             let shape = (self.heads, self.config.num_kv_heads, head_dim);
             let expected =
                 reference::attention(&qkv, &batch, shape, scale, |head, slot, d| kv.read(1, head, slot, d));
-            // bf16 rounds queries and weights (2^-9 each); the others are f32 throughout.
-            let tolerance = if self.config.dtype == KvDType::Bf16 { 0.02 } else { 3e-6 };
+            // Rounded to one bf16 number, queries and weights lose up to 2^-9 each; split, 2^-17; the others are f32.
+            let tolerance = match (self.config.dtype, self.precision) {
+                (KvDType::Bf16, AttentionPrecision::Rounded) => 0.02,
+                (KvDType::Bf16, AttentionPrecision::Split) => 1e-4,
+                _ => 3e-6,
+            };
             for (i, (got, expected)) in out.iter().zip(&expected).enumerate() {
                 assert!(
                     (got - expected).abs() <= tolerance,
@@ -116,12 +128,56 @@ impl Fixture {
     }
 }
 
+impl Fixture {
+    /// Rows in ranges that cut through sequences, each on one worker: the bits of the whole step.
+    fn check_rows(
+        &self,
+        cpu: &Cpu,
+        qkv: &[f32],
+        batch: &AttentionBatch<'_>,
+        kv: &KvCache,
+        scale: f32,
+        expected: &[f32],
+    ) {
+        let (total, width) = (batch.rows(), self.width());
+        let out_width = expected.len() / total;
+        let kv = kv.layer_for_reading(1);
+        for height in [total, 29, 5] {
+            for start in (0..total).step_by(height) {
+                let rows = start..total.min(start + height);
+                // Rows outside the range are not there.
+                let mut own = vec![f32::NAN; total * width];
+                own[rows.start * width..rows.end * width]
+                    .copy_from_slice(&qkv[rows.start * width..rows.end * width]);
+                let queries = SharedMut::new(own.as_mut_ptr());
+                let attention = LayerAttention::new(queries, width, batch, kv, scale, self.precision);
+                let mut out = vec![f32::NAN; rows.len() * out_width];
+                // SAFETY: qkv has all rows, out those of the range; no job is running.
+                unsafe { attention.rows(cpu.detected(), cpu.scratch.of(0), rows.clone(), out.as_mut_ptr()) };
+                let expected = &expected[rows.start * out_width..rows.end * out_width];
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&out), bits(expected), "{} rows {rows:?}", cpu.isa());
+            }
+        }
+    }
+}
+
 #[test]
 fn every_shape_and_dtype_matches_the_reference() {
     let mut random = Random::new(30);
-    for shape in [(1, 1, 2), (2, 2, 8), (9, 3, 64), (4, 1, 80), (8, 1, 18), (14, 1, 16), (6, 2, 128)] {
-        for dtype in DTYPES {
-            let fixture = Fixture::new(&mut random, shape, dtype, &[1, 16, 33, 47]);
+    for shape in [
+        (1, 1, 2),
+        (2, 2, 8),
+        (9, 3, 64),
+        (4, 1, 80),
+        (8, 1, 18),
+        (14, 1, 16),
+        (6, 2, 128),
+        (5, 1, 272),
+        (64, 1, 16),
+    ] {
+        for class in CLASSES {
+            let fixture = Fixture::new(&mut random, shape, class, &[1, 16, 33, 47]);
             for cpu in backends(1) {
                 let mut kv = fixture.cache();
                 let parts: Vec<_> = fixture
@@ -140,8 +196,8 @@ fn every_shape_and_dtype_matches_the_reference() {
 #[test]
 fn chunking_batch_and_threads_leave_no_trace() {
     let mut random = Random::new(31);
-    for dtype in DTYPES {
-        let fixture = Fixture::new(&mut random, (6, 2, 24), dtype, &[600, 70]);
+    for class in CLASSES {
+        let fixture = Fixture::new(&mut random, (6, 2, 24), class, &[600, 70]);
         for threads in [1, 2, 3] {
             for cpu in backends(threads) {
                 let row = fixture.heads * fixture.config.head_dim;
@@ -153,7 +209,7 @@ fn chunking_batch_and_threads_leave_no_trace() {
                     for start in (0..600).step_by(chunk) {
                         alone.extend(fixture.step(&cpu, &mut kv, &[(0, start..600.min(start + chunk))]));
                     }
-                    assert_eq!(alone, both[..600 * row], "{} {dtype} chunks of {chunk}", cpu.isa());
+                    assert_eq!(alone, both[..600 * row], "{} {class:?} chunks of {chunk}", cpu.isa());
                 }
                 // A decode beside a prefill.
                 let mut kv = fixture.cache();
@@ -177,8 +233,8 @@ fn chunking_batch_and_threads_leave_no_trace() {
 #[test]
 fn a_bad_query_spoils_only_its_row() {
     let mut random = Random::new(32);
-    for dtype in DTYPES {
-        let mut fixture = Fixture::new(&mut random, (2, 1, 16), dtype, &[20]);
+    for class in CLASSES {
+        let mut fixture = Fixture::new(&mut random, (2, 1, 16), class, &[20]);
         for cpu in backends(2) {
             let clean = fixture.step(&cpu, &mut fixture.cache(), &[(0, 0..20)]);
             let width = fixture.width();

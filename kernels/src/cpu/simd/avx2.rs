@@ -225,6 +225,11 @@ impl Simd for Avx2 {
     unsafe fn prefetch(self, p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
+
+    #[inline(always)]
+    unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        enter(kernel)
+    }
 }
 
 /// bf16 in the low half of each 32-bit lane, rounded to nearest even; a NaN keeps its top bits and becomes quiet.

@@ -119,6 +119,11 @@ impl Simd for Avx512 {
     unsafe fn reduce_max(self, x: __m512) -> f32 {
         _mm512_reduce_max_ps(x)
     }
+
+    #[inline(always)]
+    unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        enter(kernel)
+    }
 }
 
 #[inline(always)]

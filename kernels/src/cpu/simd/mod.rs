@@ -110,6 +110,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot8(self, acc: Self::I, w: Self::I, a: Self::I) -> Self::I;
 
     unsafe fn prefetch(self, p: *const u8);
+
+    /// Runs a kernel as a function of its own: what is inlined everywhere would be compiled everywhere.
+    ///
+    /// # Safety
+    /// What the kernel itself asks for.
+    unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output;
 }
 
 /// A piece of work written over [`Simd`].

@@ -208,4 +208,9 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn prefetch(self, _p: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        enter(kernel)
+    }
 }
