@@ -30,7 +30,7 @@ impl LocalExecutor {
     ) -> Result<Self, ExecutorError> {
         let kv = KvCache::new(Llama::kv_cache_config(model.config(), num_blocks, kv_dtype))
             .map_err(|error| ExecutorError { message: error.to_string(), fatal: true })?;
-        let sampler = RowSampler::new(model.config().vocab_size);
+        let sampler = RowSampler::new(&cpu, model.config().vocab_size);
         Ok(Self { cpu, model, kv, batch: ForwardBatch::default(), sampler })
     }
 }
@@ -39,8 +39,7 @@ impl Executor for LocalExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
         prepare(plan, &mut self.batch);
         let logits = self.model.forward(&self.cpu, &self.batch, &mut self.kv);
-        let rows = rows.iter().map(|row| self.sampler.sample(&self.cpu, logits, row)).collect();
-        Ok(StepOutput { rows })
+        Ok(StepOutput { rows: self.sampler.sample(&self.cpu, logits, rows) })
     }
 
     // A step either ran to its end on this thread or panicked with the whole engine: nothing is left half done.

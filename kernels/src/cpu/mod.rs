@@ -46,11 +46,11 @@ pub use pack::{Layout, Linear, LinearSpec, MAX_SEGMENTS, Part, SegmentPlan};
 pub use rope::Rope;
 pub use threads::default_threads;
 
-pub(crate) use buffer::Bytes;
+pub(crate) use buffer::{Bytes, SharedMut};
+pub(crate) use isa::Detected;
 pub(crate) use peak::{Peak, measure_peak, read_all};
 
 use self::arena::Arena;
-use self::isa::Detected;
 use self::pool::Pool;
 use crate::{Isa, KernelError};
 
@@ -102,6 +102,11 @@ impl Cpu {
 
     pub(crate) const fn detected(&self) -> Detected {
         self.isa
+    }
+
+    /// As [`Pool::run_items`].
+    pub(crate) fn run_items(&self, items: usize, job: impl Fn(usize, usize) + Sync) {
+        self.pool.run_items(items, job);
     }
 }
 
