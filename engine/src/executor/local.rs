@@ -1,5 +1,7 @@
 //! One rank on a CPU, in the process of the engine: model, KV cache and sampler behind [`Executor`].
 
+use std::time::Instant;
+
 use tandem_kernels::KvDType;
 use tandem_kernels::cpu::{Cpu, KvCache};
 use tandem_models::{ForwardBatch, Llama};
@@ -38,8 +40,10 @@ impl LocalExecutor {
 impl Executor for LocalExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
         prepare(plan, &mut self.batch);
+        let start = Instant::now();
         let logits = self.model.forward(&self.cpu, &self.batch, &mut self.kv);
-        Ok(StepOutput { rows: self.sampler.sample(&self.cpu, logits, rows) })
+        let forward = start.elapsed();
+        Ok(StepOutput { rows: self.sampler.sample(&self.cpu, logits, rows), forward })
     }
 
     // A step either ran to its end on this thread or panicked with the whole engine: nothing is left half done.
