@@ -422,6 +422,7 @@ impl Engine {
 
     /// Sends what the step brought. Never waits: what finds no room stays in its outlet.
     fn emit(&mut self) {
+        let _one_wake = self.shared.relay.gather();
         let requests = &mut self.requests;
         // What finds no room is tried again in every step; the reader that makes room wakes the step thread.
         self.touched.retain(|serial| requests.get_mut(serial).is_some_and(|request| !request.outlet.flush()));

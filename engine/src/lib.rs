@@ -30,6 +30,7 @@ mod load;
 mod penalties;
 mod prefix_cache;
 mod recorder;
+mod relay;
 mod request;
 mod request_state;
 mod sample_row;

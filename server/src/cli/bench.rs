@@ -90,6 +90,8 @@ struct Measured {
 }
 
 async fn measure(config: &BenchConfig, running: &Running) -> Result<Vec<Measured>, Exit> {
+    // As the server does.
+    tokio::spawn(running.engine.carry_wakes());
     let mut load = Load {
         engine: &running.engine,
         vocab_size: running.info.vocab_size as u64,
