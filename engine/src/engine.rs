@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::block_manager::BlockManager;
 use crate::config::EngineConfig;
@@ -14,7 +14,7 @@ use crate::error::{ExecutorError, RequestFailure, RowError};
 use crate::executor::{Executor, SampledToken, StepOutput};
 use crate::handle::{Command, EngineHandle, Shared, Submission};
 use crate::prefix_cache::ChainHasher;
-use crate::recorder::Recorder;
+use crate::recorder::{Recorder, StepClock};
 use crate::request_state::{Choice, RequestState};
 use crate::sample_row::{RowKind, SampleRow};
 use crate::scheduler::{Limits, Schedule, Scheduler};
@@ -125,14 +125,16 @@ impl Engine {
 
     /// Takes in what was submitted and cancelled, and runs one step if anything can run.
     pub fn step(&mut self) -> StepStatus {
+        let begin = self.shared.environment.clock.now();
         self.receive();
-        let worked = !self.stopping && self.run_step();
+        let worked = !self.stopping && self.run_step(begin);
         if self.stopping {
             self.release_all();
             return StepStatus::Stopped;
         }
         self.publish();
         self.emit();
+        self.recorder.step_ended(self.shared.environment.clock.now());
         if worked { StepStatus::Worked } else { StepStatus::Idle }
     }
 
@@ -234,7 +236,7 @@ impl Engine {
     }
 
     /// False when there was nothing to do.
-    fn run_step(&mut self) -> bool {
+    fn run_step(&mut self, begin: Instant) -> bool {
         let requests = &self.requests;
         let mut schedule = self.scheduler.schedule(|key| requests[&key.serial].outlet.has_room());
         if schedule.keys.is_empty() {
@@ -252,12 +254,13 @@ impl Engine {
         let (rows, targets) = rows_of(&schedule, &self.scheduler, &self.requests);
         let result = self.executor.run(&schedule.plan, &rows);
         drop(rows);
-        let elapsed = self.shared.environment.clock.now().saturating_duration_since(start);
+        let end = self.shared.environment.clock.now();
 
         self.scheduler.blocks_mut().finish_step();
         match result.and_then(|output| check_output(output, targets.len())) {
             Ok(output) => {
-                self.recorder.step(&schedule, &self.scheduler, elapsed);
+                let times = StepClock { begin, start, end, forward: output.forward };
+                self.recorder.step(&schedule, &self.scheduler, &times);
                 self.account(&schedule, targets, output);
             }
             Err(error) => self.fail_step(&schedule, &error),
@@ -419,6 +422,7 @@ impl Engine {
 
     /// Sends what the step brought. Never waits: what finds no room stays in its outlet.
     fn emit(&mut self) {
+        let _one_wake = self.shared.relay.gather();
         let requests = &mut self.requests;
         // What finds no room is tried again in every step; the reader that makes room wakes the step thread.
         self.touched.retain(|serial| requests.get_mut(serial).is_some_and(|request| !request.outlet.flush()));

@@ -15,6 +15,7 @@ use crate::engine::{Engine, StepStatus};
 use crate::environment::Environment;
 use crate::error::{RequestFailure, SubmitError};
 use crate::executor::Executor;
+use crate::relay::{self, Relay};
 use crate::request::Request;
 use crate::snapshot::Snapshot;
 use crate::stream::{Outlet, RequestStream, stream};
@@ -82,8 +83,9 @@ impl EngineHandle {
 
         let seed = request.params.seed.unwrap_or_else(|| self.shared.environment.seeds.draw());
         let serial = self.shared.submitted.fetch_add(1, Ordering::SeqCst);
+        let (commands, relay) = (self.commands.clone(), self.shared.relay.clone());
         let (outlet, reader) =
-            stream(serial, seed, request.params.n, self.commands.clone(), self.shared.stream_capacity);
+            stream(serial, seed, request.params.n, commands, relay, self.shared.stream_capacity);
         let parts = SubmissionParts { request, serial, seed, outlet, ticket };
         let submission = Submission { parts: Some(Box::new(parts)), shared: self.shared.clone() };
         // The engine may have stopped since: the submission comes back in the error, and its drop fails the
@@ -118,6 +120,12 @@ impl EngineHandle {
             // The thread catches its own panics.
             let _ = thread.join();
         }
+    }
+
+    /// Carries the wakes of a step's readers over to their runtime, so that the step thread wakes one task and not each.
+    /// To be spawned on the runtime that reads the streams; never ends. Streams work without it, too.
+    pub fn carry_wakes(&self) -> impl Future<Output = ()> + Send + use<> {
+        relay::carry(self.shared.relay.clone())
     }
 
     /// Time since the step loop last came around. It does so at least ten times a second when idle, and after
@@ -233,6 +241,7 @@ pub(crate) struct Shared {
     pub(crate) environment: Environment,
     /// Step messages that may wait in one stream before its request pauses.
     stream_capacity: usize,
+    pub(crate) relay: Arc<Relay>,
     /// The latest snapshot, and how many submissions it has received. Held for a pointer's copy only.
     published: Mutex<(Arc<Snapshot>, u64)>,
     submitted: AtomicU64,
@@ -254,6 +263,7 @@ impl Shared {
             config,
             environment,
             stream_capacity,
+            relay: Arc::default(),
             published: Mutex::new((empty, 0)),
             submitted: AtomicU64::new(0),
             failed_unreceived: AtomicU64::new(0),

@@ -30,6 +30,7 @@ mod load;
 mod penalties;
 mod prefix_cache;
 mod recorder;
+mod relay;
 mod request;
 mod request_state;
 mod sample_row;
@@ -57,7 +58,7 @@ pub use penalties::TokenUse;
 pub use request::Request;
 pub use sample_row::{Draw, NoiseKey, RowKind, SampleRow};
 pub use sampling_params::SamplingParams;
-pub use snapshot::Snapshot;
+pub use snapshot::{Snapshot, StepTimes};
 pub use step_plan::{BlockCopy, PlannedSequence, StepPlan};
 pub use stream::{Event, FinishReason, RequestStream, TokenLogprobs};
 /// What the crate above needs of the crates below, as plain data.

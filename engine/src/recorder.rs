@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::config::EngineConfig;
 use crate::request_state::{Choice, RequestState};
 use crate::scheduler::{Schedule, Scheduler};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Snapshot, StepTimes};
 use crate::stream::FinishReason;
 
 pub(crate) struct Recorder {
@@ -14,6 +14,20 @@ pub(crate) struct Recorder {
     prefix_caching: bool,
     tokens: RateWindow,
     requests: RateWindow,
+    /// When the executor was done with a step that counts in `decode_times` and has not ended.
+    unended: Option<Instant>,
+}
+
+/// Moments of one step.
+pub(crate) struct StepClock {
+    /// Before anything was received.
+    pub(crate) begin: Instant,
+    /// The executor was called.
+    pub(crate) start: Instant,
+    /// It came back.
+    pub(crate) end: Instant,
+    /// What it spent in the model.
+    pub(crate) forward: Duration,
 }
 
 impl Recorder {
@@ -23,6 +37,7 @@ impl Recorder {
             prefix_caching: config.prefix_caching,
             tokens: RateWindow::new(start),
             requests: RateWindow::new(start),
+            unended: None,
         }
     }
 
@@ -78,24 +93,45 @@ impl Recorder {
     }
 
     /// A step ran; its sequences are still as they were planned.
-    pub(crate) fn step(&mut self, schedule: &Schedule, scheduler: &Scheduler, elapsed: Duration) {
+    pub(crate) fn step(&mut self, schedule: &Schedule, scheduler: &Scheduler, times: &StepClock) {
         let totals = &mut self.totals;
         let plan = &schedule.plan;
         totals.steps += 1;
         totals.max_step_sequences = totals.max_step_sequences.max(plan.sequences.len());
         totals.block_copies += plan.block_copies.len() as u64;
         totals.iteration_tokens.observe(plan.num_tokens() as f64);
-        let mut has_decodes = false;
+        let (mut has_decodes, mut has_prompts) = (false, false);
         for (key, planned) in schedule.keys.iter().zip(&plan.sequences) {
             let Some(sequence) = scheduler.get(key) else { continue };
             if sequence.is_decoding() {
                 has_decodes = true;
-            } else if totals.chunk_sizes.len() < 64 {
+                continue;
+            }
+            has_prompts = true;
+            if totals.chunk_sizes.len() < 64 {
                 totals.chunk_sizes.insert(planned.token_ids.len());
             }
         }
+        let run = times.end.saturating_duration_since(times.start);
         if has_decodes {
-            totals.decode_step_latency.observe(elapsed.as_secs_f64());
+            totals.decode_step_latency.observe(run.as_secs_f64());
+        }
+        if !has_prompts {
+            totals.decode_times.add(&StepTimes {
+                steps: 1,
+                scheduling: times.start.saturating_duration_since(times.begin),
+                forward: times.forward,
+                sampling: run.saturating_sub(times.forward),
+                emitting: Duration::ZERO,
+            });
+            self.unended = Some(times.end);
+        }
+    }
+
+    /// The step's events are out.
+    pub(crate) fn step_ended(&mut self, now: Instant) {
+        if let Some(end) = self.unended.take() {
+            self.totals.decode_times.emitting += now.saturating_duration_since(end);
         }
     }
 

@@ -5,6 +5,7 @@
 //! in every one of them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::config::EngineConfig;
 use crate::histogram::{CHOICES, FIRST_TOKEN, Histogram, PER_REQUEST, PER_TOKEN, STEP_TOKENS, up_to};
@@ -61,6 +62,8 @@ pub struct Snapshot {
     pub chunk_sizes: BTreeSet<usize>,
     /// Blocks copied because forked choices wrote to a shared one.
     pub block_copies: u64,
+    /// Where the time went of steps in which every sequence decoded.
+    pub decode_times: StepTimes,
 
     /// Arrival to first token.
     pub ttft: Histogram,
@@ -92,6 +95,47 @@ pub struct Snapshot {
     pub request_params_max_tokens: Histogram,
 }
 
+/// Wall time of some steps by what the step thread did. The parts add up to the time from the beginning of a step to the
+/// beginning of the next, if that follows at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StepTimes {
+    pub steps: u64,
+    /// Receiving requests and deciding what runs.
+    pub scheduling: Duration,
+    /// The model.
+    pub forward: Duration,
+    /// Flattening the plan, and from logits to tokens.
+    pub sampling: Duration,
+    /// Bringing tokens to requests, publishing counts and sending events.
+    pub emitting: Duration,
+}
+
+impl StepTimes {
+    pub fn total(&self) -> Duration {
+        self.scheduling + self.forward + self.sampling + self.emitting
+    }
+
+    /// What came after `earlier`.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            steps: self.steps - earlier.steps,
+            scheduling: self.scheduling - earlier.scheduling,
+            forward: self.forward - earlier.forward,
+            sampling: self.sampling - earlier.sampling,
+            emitting: self.emitting - earlier.emitting,
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.steps += other.steps;
+        self.scheduling += other.scheduling;
+        self.forward += other.forward;
+        self.sampling += other.sampling;
+        self.emitting += other.emitting;
+    }
+}
+
 impl Snapshot {
     pub(crate) fn new(config: &EngineConfig) -> Self {
         let lengths = up_to(config.max_model_len);
@@ -120,6 +164,7 @@ impl Snapshot {
             max_step_sequences: 0,
             chunk_sizes: BTreeSet::new(),
             block_copies: 0,
+            decode_times: StepTimes::default(),
             ttft: Histogram::new(FIRST_TOKEN),
             inter_token_latency: Histogram::new(PER_TOKEN),
             tpot: Histogram::new(PER_TOKEN),

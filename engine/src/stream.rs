@@ -6,13 +6,16 @@
 //! with the next message. A reader that makes room, or goes away, wakes the step thread by a command. A failure
 //! needs no room at all: it is left beside the channel and read once the channel has closed.
 
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, OnceLock, mpsc as std_mpsc};
+use std::task::Context;
 
 use tokio::sync::mpsc;
 
 use crate::error::RequestFailure;
 use crate::handle::Command;
+use crate::relay::Relay;
 
 /// Step messages that may wait in one stream before its request pauses, unless a test says otherwise.
 pub(crate) const STREAM_CAPACITY: usize = 256;
@@ -65,6 +68,7 @@ pub struct RequestStream {
     receiver: mpsc::Receiver<Vec<Event>>,
     commands: std_mpsc::Sender<Command>,
     shared: Arc<StreamState>,
+    relay: Arc<Relay>,
     /// Choices without a `Finished` event; 0 after the terminal event.
     unfinished_choices: u32,
 }
@@ -88,12 +92,13 @@ pub(crate) fn stream(
     seed: u64,
     choices: u32,
     commands: std_mpsc::Sender<Command>,
+    relay: Arc<Relay>,
     capacity: usize,
 ) -> (Outlet, RequestStream) {
     let (sender, receiver) = mpsc::channel(capacity);
     let shared = Arc::new(StreamState::default());
     let outlet = Outlet { sender, shared: shared.clone(), unsent: Vec::new() };
-    (outlet, RequestStream { serial, seed, receiver, commands, shared, unfinished_choices: choices })
+    (outlet, RequestStream { serial, seed, receiver, commands, shared, relay, unfinished_choices: choices })
 }
 
 impl RequestStream {
@@ -102,7 +107,12 @@ impl RequestStream {
         if self.unfinished_choices == 0 {
             return None;
         }
-        let received = self.receiver.recv().await;
+        let Self { receiver, relay, .. } = self;
+        let received = poll_fn(|context| {
+            let waker = relay.waker(context.waker());
+            receiver.poll_recv(&mut Context::from_waker(&waker))
+        });
+        let received = received.await;
         self.note(received)
     }
 
@@ -216,7 +226,7 @@ mod tests {
     #[test]
     fn a_full_stream_asks_for_room_and_loses_nothing() {
         let (commands, inbox) = std_mpsc::channel();
-        let (mut outlet, mut reader) = stream(5, 1, 1, commands, CAPACITY);
+        let (mut outlet, mut reader) = stream(5, 1, 1, commands, Arc::default(), CAPACITY);
         for i in 0..CAPACITY as u32 {
             outlet.push(token(i));
             assert!(outlet.flush());
@@ -239,7 +249,7 @@ mod tests {
     #[test]
     fn a_failure_reaches_even_a_full_stream() {
         let (commands, _inbox) = std_mpsc::channel();
-        let (mut outlet, mut reader) = stream(5, 1, 2, commands, CAPACITY);
+        let (mut outlet, mut reader) = stream(5, 1, 2, commands, Arc::default(), CAPACITY);
         for i in 0..CAPACITY as u32 {
             outlet.push(token(i));
             outlet.flush();
@@ -255,7 +265,7 @@ mod tests {
     #[test]
     fn an_outlet_dropped_without_a_word_is_a_failure() {
         let (commands, _inbox) = std_mpsc::channel();
-        let (outlet, mut reader) = stream(5, 1, 1, commands, CAPACITY);
+        let (outlet, mut reader) = stream(5, 1, 1, commands, Arc::default(), CAPACITY);
         drop(outlet);
         assert!(matches!(reader.blocking_next().unwrap()[0], Event::Failed(_)));
         assert_eq!(reader.blocking_next(), None);
@@ -264,7 +274,7 @@ mod tests {
     #[test]
     fn dropping_an_unfinished_stream_cancels() {
         let (commands, inbox) = std_mpsc::channel();
-        let (outlet, reader) = stream(5, 1, 1, commands, CAPACITY);
+        let (outlet, reader) = stream(5, 1, 1, commands, Arc::default(), CAPACITY);
         drop(reader);
         assert!(outlet.is_closed());
         assert!(matches!(inbox.try_recv(), Ok(Command::Cancel { serial: 5 })));

@@ -9,7 +9,7 @@ use tandem_kernels::cpu::{
     LinearSpec, Part, Rope, SegmentPlan,
 };
 use tandem_kernels::limits::{self, Limits};
-use tandem_kernels::sampling::{self, NoiseKey};
+use tandem_kernels::sampling::{self, Cut, Filters, NoiseKey, NoisyDraw, RowOps, SamplingScratch};
 use tandem_kernels::{Activations, AttentionPrecision, DType, KvDType, Matrix};
 
 fn main() {
@@ -301,14 +301,8 @@ fn small(cpu: &Cpu) {
     let mut rows = Buffer::zeroed(t * e);
     report("embed 512 tokens", best(|| cpu.embed(&table, &ids, &mut rows)));
 
-    let row = Random(5).values(49_152);
-    report("argmax of 49152", best(|| assert!(sampling::argmax(cpu, &row).is_some())));
-    report("log-sum-exp of 49152", best(|| assert!(sampling::log_sum_exp(cpu, &row).is_finite())));
-    let key = NoiseKey { seed: 1, position: 2, choice: 0 };
-    report(
-        "gumbel arg-max of 49152",
-        best(|| assert!(sampling::gumbel_argmax(cpu, &row, 1.0, key).is_some())),
-    );
+    rows(cpu);
+
     let start = Instant::now();
     let bytes = vec![0x11u8; 49_152 * 360];
     let matrix = Matrix::new(DType::Q4_1, 49_152, 576, &bytes).expect("matrix");
@@ -317,4 +311,40 @@ fn small(cpu: &Cpu) {
     let prepared = start.elapsed();
     let packed = cpu.pack_linear(&[Part::new(matrix)], &spec).expect("pack");
     report(&format!("pack {} MB of Q4_1", packed.bytes() >> 20), start.elapsed() - prepared);
+}
+
+/// Row operations on logits that are spread as a language model's are, and on flat ones.
+fn rows(cpu: &Cpu) {
+    let report = |name: &str, time: Duration| println!("  {name:<44} {:9.2} us", time.as_secs_f64() * 1e6);
+    let ops = RowOps::from(cpu);
+    for (kind, spread) in [("peaked", 3.0), ("flat", 0.5)] {
+        // Sums of uniform values are close to normal ones.
+        let mut row = Buffer::zeroed(49_152);
+        for seed in 0..8 {
+            let values = Random(5 + seed).values(49_152);
+            row.iter_mut().zip(&*values).for_each(|(x, y)| *x += spread * 1.22 * y);
+        }
+        report(&format!("argmax of 49152, {kind}"), best(|| assert!(sampling::argmax(ops, &row).is_some())));
+        let top = sampling::argmax(ops, &row).expect("finite logits");
+        report(
+            &format!("log-sum-exp, {kind}"),
+            best(|| assert!(sampling::log_sum_exp(ops, &row, top.1).is_finite())),
+        );
+        report(&format!("20 best, {kind}"), best(|| assert!(sampling::top_n(ops, &row, 20).len() == 20)));
+        let key = NoiseKey { seed: 1, position: 2, choice: 0 };
+        let draw = NoisyDraw { temperature: 1.0, key, cut: Cut::none() };
+        report(
+            &format!("gumbel arg-max, {kind}"),
+            best(|| assert!(sampling::gumbel_argmax(ops, &row, top, &draw).is_some())),
+        );
+        let mut scratch = SamplingScratch::default();
+        for (top_k, top_p) in [(50, 1.0), (0, 0.95), (50, 0.95), (5000, 1.0)] {
+            let filters = Filters { temperature: 1.0, top_k, top_p, min_p: 0.0 };
+            let time = best(|| {
+                let cut = sampling::filter(ops, &row, top, &filters, &mut scratch);
+                assert!(sampling::gumbel_argmax(ops, &row, top, &NoisyDraw { cut, ..draw }).is_some());
+            });
+            report(&format!("top-k {top_k}, top-p {top_p} and a draw, {kind}"), time);
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! One rank on a CPU, in the process of the engine: model, KV cache and sampler behind [`Executor`].
 
+use std::time::Instant;
+
 use tandem_kernels::KvDType;
 use tandem_kernels::cpu::{Cpu, KvCache};
 use tandem_models::{ForwardBatch, Llama};
@@ -30,7 +32,7 @@ impl LocalExecutor {
     ) -> Result<Self, ExecutorError> {
         let kv = KvCache::new(Llama::kv_cache_config(model.config(), num_blocks, kv_dtype))
             .map_err(|error| ExecutorError { message: error.to_string(), fatal: true })?;
-        let sampler = RowSampler::new(model.config().vocab_size);
+        let sampler = RowSampler::new(&cpu, model.config().vocab_size);
         Ok(Self { cpu, model, kv, batch: ForwardBatch::default(), sampler })
     }
 }
@@ -38,9 +40,10 @@ impl LocalExecutor {
 impl Executor for LocalExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
         prepare(plan, &mut self.batch);
+        let start = Instant::now();
         let logits = self.model.forward(&self.cpu, &self.batch, &mut self.kv);
-        let rows = rows.iter().map(|row| self.sampler.sample(&self.cpu, logits, row)).collect();
-        Ok(StepOutput { rows })
+        let forward = start.elapsed();
+        Ok(StepOutput { rows: self.sampler.sample(&self.cpu, logits, rows), forward })
     }
 
     // A step either ran to its end on this thread or panicked with the whole engine: nothing is left half done.

@@ -4,6 +4,8 @@ pub(crate) mod local;
 mod prepare;
 mod sample;
 
+use std::time::Duration;
+
 use crate::error::{ExecutorError, RowError};
 use crate::sample_row::SampleRow;
 use crate::step_plan::StepPlan;
@@ -30,6 +32,8 @@ pub trait Executor: Send {
 pub struct StepOutput {
     /// One per [`SampleRow`], in their order.
     pub rows: Vec<Result<SampledToken, RowError>>,
+    /// Time spent in the model; the rest of the call was preparing and sampling.
+    pub forward: Duration,
 }
 
 /// A token drawn, or the target of a scored row.

@@ -1,78 +1,93 @@
-//! Executes sampling rows on logits in host memory: the kernels' row operations in the order of the policy.
+//! Executes sampling rows on logits in host memory: the kernels' row operations in the order of the policy, rows shared
+//! out over the backend's workers.
 
 use tandem_kernels::cpu::Cpu;
-use tandem_kernels::sampling::{self, Filters, Penalties, SamplingScratch, TokenCount};
+use tandem_kernels::sampling::{
+    self, Cut, Filters, NoisyDraw, Penalties, RowOps, SamplingScratch, TokenCount,
+};
 
 use super::SampledToken;
 use crate::error::RowError;
 use crate::sample_row::{Draw, NoiseKey, RowKind, SampleRow};
 use crate::stream::TokenLogprobs;
 
-/// Memory that rows are adjusted in: several rows may share one row of logits, which stays as the model made it.
+/// Answers the rows of a step.
 pub(super) struct RowSampler {
     vocab_size: usize,
+    /// One for each worker.
+    workers: Vec<Scratch>,
+}
+
+/// Memory of one worker. Rows are adjusted in it: several may share one row of logits, which stays as the model made it.
+#[derive(Default)]
+struct Scratch {
     adjusted: Vec<f32>,
     counts: Vec<TokenCount>,
     filter: SamplingScratch,
 }
 
 impl RowSampler {
-    pub(super) fn new(vocab_size: usize) -> Self {
-        Self { vocab_size, adjusted: Vec::new(), counts: Vec::new(), filter: SamplingScratch::default() }
+    pub(super) fn new(cpu: &Cpu, vocab_size: usize) -> Self {
+        let workers = (0..cpu.threads()).map(|_| Scratch::default()).collect();
+        Self { vocab_size, workers }
     }
 
-    /// Answers one row; `logits` is `[R, V]`.
+    /// Answers every row, in their order; `logits` is `[R, V]`.
     pub(super) fn sample(
         &mut self,
         cpu: &Cpu,
         logits: &[f32],
-        row: &SampleRow<'_>,
-    ) -> Result<SampledToken, RowError> {
-        let start = row.logits_row as usize * self.vocab_size;
-        let raw = &logits[start..start + self.vocab_size];
-        let (best, _) = sampling::argmax(cpu, raw).ok_or(RowError::NotFinite)?;
+        rows: &[SampleRow<'_>],
+    ) -> Vec<Result<SampledToken, RowError>> {
+        let mut answers = vec![Err(RowError::NotFinite); rows.len()];
+        let vocab_size = self.vocab_size;
+        sampling::for_each_row(cpu, &mut self.workers, &mut answers, |ops, scratch, row| {
+            let row = &rows[row];
+            let start = row.logits_row as usize * vocab_size;
+            scratch.answer(ops, &logits[start..start + vocab_size], row)
+        });
+        answers
+    }
+}
+
+impl Scratch {
+    fn answer(&mut self, ops: RowOps, raw: &[f32], row: &SampleRow<'_>) -> Result<SampledToken, RowError> {
+        let best = sampling::argmax(ops, raw).ok_or(RowError::NotFinite)?;
         let token = match &row.kind {
             RowKind::Score { target } => *target,
-            RowKind::Sample(draw) => self.draw(cpu, raw, best, draw)?,
+            RowKind::Sample(draw) => self.draw(ops, raw, best, draw)?,
         };
-        let logprobs = row.logprobs.map(|top| logprobs(cpu, raw, token, top));
+        let logprobs = row.logprobs.map(|top| logprobs(ops, raw, best.1, token, top));
         Ok(SampledToken { token, logprobs })
     }
 
-    fn draw(&mut self, cpu: &Cpu, raw: &[f32], best: u32, draw: &Draw<'_>) -> Result<u32, RowError> {
-        let row = match adjusts(draw) {
-            false => raw,
-            true => self.adjust(raw, draw),
-        };
-        if draw.temperature == 0.0 {
-            return match adjusts(draw) {
-                false => Ok(best),
-                true => sampling::argmax(cpu, row).map(|(token, _)| token).ok_or(RowError::AllMasked),
-            };
+    /// `best` is the raw row's arg-max.
+    fn draw(
+        &mut self,
+        ops: RowOps,
+        raw: &[f32],
+        mut best: (u32, f32),
+        draw: &Draw<'_>,
+    ) -> Result<u32, RowError> {
+        let mut row = raw;
+        if adjusts(draw) {
+            self.adjust(raw, draw);
+            row = &self.adjusted;
+            best = sampling::argmax(ops, row).ok_or(RowError::AllMasked)?;
         }
-        let key = noise_key(draw.key);
-        let filters = Filters {
-            temperature: draw.temperature,
-            top_k: draw.top_k,
-            top_p: draw.top_p,
-            min_p: draw.min_p,
+        if draw.temperature == 0.0 {
+            return Ok(best.0);
+        }
+        let cut = match truncates(draw) {
+            false => Cut::none(),
+            true => sampling::filter(ops, row, best, &filters(draw), &mut self.filter),
         };
-        let drawn = match truncates(draw) {
-            false => sampling::gumbel_argmax(cpu, row, draw.temperature, key),
-            true => {
-                if !adjusts(draw) {
-                    self.adjusted.clear();
-                    self.adjusted.extend_from_slice(raw);
-                }
-                sampling::filter(cpu, &mut self.adjusted, &filters, &mut self.filter);
-                sampling::gumbel_argmax(cpu, &self.adjusted, draw.temperature, key)
-            }
-        };
-        drawn.ok_or(RowError::AllMasked)
+        let noisy = NoisyDraw { temperature: draw.temperature, key: noise_key(draw.key), cut };
+        sampling::gumbel_argmax(ops, row, best, &noisy).ok_or(RowError::AllMasked)
     }
 
     /// Penalties, bias, allowed and banned ids, on a copy.
-    fn adjust(&mut self, raw: &[f32], draw: &Draw<'_>) -> &[f32] {
+    fn adjust(&mut self, raw: &[f32], draw: &Draw<'_>) {
         self.adjusted.clear();
         self.adjusted.extend_from_slice(raw);
         self.counts.clear();
@@ -92,7 +107,6 @@ impl RowSampler {
             sampling::allow_only(&mut self.adjusted, allowed);
         }
         sampling::ban(&mut self.adjusted, draw.banned_token_ids);
-        &self.adjusted
     }
 }
 
@@ -108,17 +122,22 @@ fn truncates(draw: &Draw<'_>) -> bool {
     draw.top_k != 0 || draw.top_p < 1.0 || draw.min_p > 0.0
 }
 
+fn filters(draw: &Draw<'_>) -> Filters {
+    Filters { temperature: draw.temperature, top_k: draw.top_k, top_p: draw.top_p, min_p: draw.min_p }
+}
+
 fn noise_key(key: NoiseKey) -> sampling::NoiseKey {
     sampling::NoiseKey { seed: key.seed, position: key.position, choice: key.choice }
 }
 
-fn logprobs(cpu: &Cpu, raw: &[f32], token: u32, top: usize) -> TokenLogprobs {
-    let log_sum = sampling::log_sum_exp(cpu, raw);
-    let best = sampling::top_n(raw, top);
+/// `maximum` is the row's largest logit.
+fn logprobs(ops: RowOps, raw: &[f32], maximum: f32, token: u32, top: usize) -> TokenLogprobs {
+    let log_sum = sampling::log_sum_exp(ops, raw, maximum);
+    let best = sampling::top_n(ops, raw, top);
     TokenLogprobs {
         token,
         logprob: sampling::log_prob(raw, log_sum, token),
-        rank: sampling::rank(cpu, raw, token),
+        rank: sampling::rank(ops, raw, token),
         top: best.into_iter().map(|(id, logit)| (id, logit - log_sum)).collect(),
     }
 }
@@ -152,7 +171,7 @@ mod tests {
     fn answer(logits: &[f32], kind: RowKind<'_>, logprobs: Option<usize>) -> Result<SampledToken, RowError> {
         let cpu = Cpu::new(CpuOptions { threads: Some(1), ..CpuOptions::default() }).expect("a CPU");
         let row = SampleRow { logits_row: (logits.len() / VOCAB - 1) as u32, kind, logprobs };
-        RowSampler::new(VOCAB).sample(&cpu, logits, &row)
+        RowSampler::new(&cpu, VOCAB).sample(&cpu, logits, &[row]).remove(0)
     }
 
     fn token(draw: Draw<'_>) -> u32 {
@@ -254,6 +273,46 @@ mod tests {
         for temperature in [0.0, 1.0] {
             let draw = RowKind::Sample(Draw { temperature, ..masked });
             assert_eq!(answer(&LOGITS, draw, None), Err(RowError::AllMasked));
+        }
+    }
+
+    #[test]
+    fn rows_are_answered_in_order_and_fail_alone() {
+        let masked = Draw { allowed_token_ids: Some(&[2]), banned_token_ids: &[2], ..plain() };
+        let warm = Draw { temperature: 1.0, top_k: 4, ..plain() };
+        // Rows 0 and 2 are good, row 1 is not; more rows than workers, each logits row several times.
+        let bad = [f32::INFINITY; VOCAB];
+        let logits: Vec<f32> = [LOGITS, bad, LOGITS.map(|logit| -logit)].concat();
+        let draws = [plain(), masked, warm, Draw { logit_bias: &[(4, 9.0)], ..plain() }];
+        let rows: Vec<SampleRow<'_>> = (0..48)
+            .map(|i| SampleRow {
+                logits_row: i % 3,
+                kind: match i % 5 {
+                    0 => RowKind::Score { target: i % 8 },
+                    kind => RowKind::Sample(Draw {
+                        key: NoiseKey { position: i, ..plain().key },
+                        ..draws[kind as usize - 1]
+                    }),
+                },
+                logprobs: (i % 4 == 0).then_some(2),
+            })
+            .collect();
+        for threads in [1, 2, 3] {
+            let cpu =
+                Cpu::new(CpuOptions { threads: Some(threads), ..CpuOptions::default() }).expect("a CPU");
+            let answers = RowSampler::new(&cpu, VOCAB).sample(&cpu, &logits, &rows);
+            assert_eq!(answers.len(), rows.len());
+            for (row, found) in rows.iter().zip(answers) {
+                let alone = RowSampler::new(&cpu, VOCAB).sample(&cpu, &logits, &[*row]).remove(0);
+                assert_eq!(found, alone, "{row:?}");
+                let is_masked =
+                    matches!(&row.kind, RowKind::Sample(draw) if draw.allowed_token_ids.is_some());
+                let expected = match row.logits_row {
+                    1 => Some(RowError::NotFinite),
+                    _ => is_masked.then_some(RowError::AllMasked),
+                };
+                assert_eq!(found.err(), expected);
+            }
         }
     }
 }

@@ -91,6 +91,41 @@ fn an_async_reader_is_woken_and_makes_room() {
 }
 
 #[test]
+fn readers_whose_wakes_are_carried_read_everything() {
+    let (handle, faults) = start(config());
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let read = async |handle: EngineHandle, i| {
+        let mut stream = handle.submit(request(i, 10, 20)).unwrap();
+        let mut events = Vec::new();
+        while let Some(step) = stream.next().await {
+            events.extend(step);
+        }
+        events
+    };
+    runtime.block_on(async {
+        let carrier = tokio::spawn(handle.carry_wakes());
+        for round in 0..30 {
+            let tasks: Vec<_> = (0..5).map(|i| tokio::spawn(read(handle.clone(), i))).collect();
+            // Whether the carrier stays or goes, nobody sleeps on.
+            if round == 20 {
+                carrier.abort();
+            }
+            for task in tasks {
+                assert_eq!(task.await.unwrap().len(), 22);
+            }
+        }
+        // A failing engine's last words are carried, too.
+        let carrier = tokio::spawn(handle.carry_wakes());
+        let task = tokio::spawn(read(handle.clone(), 1));
+        tokio::task::yield_now().await;
+        faults.panic_at.store(faults.steps.load(Ordering::Relaxed) + 5, Ordering::Relaxed);
+        assert!(matches!(task.await.unwrap().last(), Some(Event::Failed(_) | Event::Finished { .. })));
+        carrier.abort();
+    });
+    handle.shutdown();
+}
+
+#[test]
 fn a_panic_ends_every_stream_with_a_500() {
     let (handle, faults) = start(EngineConfig { max_num_seqs: 1, ..config() });
     faults.panic_at.store(5, Ordering::Relaxed);

@@ -180,6 +180,7 @@ impl Executor for FakeExecutor {
         assert_eq!(histories.len(), plan.num_logits_rows());
         Ok(StepOutput {
             rows: rows.iter().map(|row| self.answer(&histories[row.logits_row as usize], row)).collect(),
+            ..StepOutput::default()
         })
     }
 

@@ -49,11 +49,11 @@ pub use rope::Rope;
 pub use team::{BLOCK_ROWS, Team};
 pub use threads::default_threads;
 
-pub(crate) use buffer::Bytes;
+pub(crate) use buffer::{Bytes, SharedMut};
+pub(crate) use isa::Detected;
 pub(crate) use peak::{Peak, measure_peak, read_all};
 
 use self::arena::Arena;
-use self::isa::Detected;
 use self::pool::Pool;
 use crate::{Isa, KernelError};
 
@@ -115,6 +115,11 @@ impl Cpu {
 
     pub(crate) const fn detected(&self) -> Detected {
         self.isa
+    }
+
+    /// As [`Pool::run_items`].
+    pub(crate) fn run_items(&self, items: usize, job: impl Fn(usize, usize) + Sync) {
+        self.pool.run_items(items, job);
     }
 }
 

@@ -1,31 +1,49 @@
 //! Operations on one row of f32 logits [V]. The policy of sampling lives above; here is only arithmetic.
 //!
-//! All of them are deterministic and run on the calling thread. Ties always go to the lower token id. A logit of −∞ is an
-//! excluded token; a NaN or +∞ makes arg-max return `None`, so that a bad row fails and is never sampled from.
+//! All of them are deterministic and run on the thread that calls; [`for_each_row`] shares rows out. Ties always go to
+//! the lower token id. A logit of −∞ is an excluded token; a NaN or +∞ makes arg-max return `None`, so that a bad row
+//! fails and is never sampled from. What takes the arg-max as an argument counts on a row without them.
 
 // As in `cpu`: unsafe functions list their caller's duties.
 #![allow(unsafe_op_in_unsafe_fn)]
 
 mod filter;
 mod noise;
+mod rows;
 
-pub use filter::{Filters, SamplingScratch, filter};
-pub use noise::{NoiseKey, gumbel, gumbel_argmax};
+pub use filter::{Cut, Filters, SamplingScratch, filter};
+pub use noise::{NoiseKey, NoisyDraw, gumbel, gumbel_argmax};
+pub use rows::for_each_row;
 
-use std::cmp::Ordering;
-
-use crate::cpu::Cpu;
 use crate::cpu::math::exp;
 use crate::cpu::simd::{Kernel, Simd, dispatch};
+use crate::cpu::{Cpu, Detected};
 
 /// Logits whose exponentials are summed together; part of the numeric class.
 const SPAN: usize = 4096;
 
+/// What row operations run with: the instruction set of a [`Cpu`]. Unlike the backend it may be in many threads' hands.
+#[derive(Clone, Copy, Debug)]
+pub struct RowOps(Detected);
+
+impl From<&Cpu> for RowOps {
+    fn from(cpu: &Cpu) -> Self {
+        Self(cpu.detected())
+    }
+}
+
+impl RowOps {
+    const fn detected(self) -> Detected {
+        self.0
+    }
+}
+
 /// The largest logit and its lowest token id; `None` if a logit is NaN or the largest is not finite.
-pub fn argmax(cpu: &Cpu, row: &[f32]) -> Option<(u32, f32)> {
+pub fn argmax(ops: RowOps, row: &[f32]) -> Option<(u32, f32)> {
     let mut best = (0, f32::NEG_INFINITY);
     for (index, span) in row.chunks(SPAN).enumerate() {
-        let maximum = span_max(cpu, span)?;
+        // SAFETY: the kernel reads its own slice.
+        let maximum = unsafe { dispatch(ops.detected(), Max { row: span }) }?;
         if maximum > best.1 {
             best = (index * SPAN, maximum);
         }
@@ -38,18 +56,11 @@ pub fn argmax(cpu: &Cpu, row: &[f32]) -> Option<(u32, f32)> {
     Some(((start + offset) as u32, maximum))
 }
 
-/// ln Σ e^x, summed per span of 4096 logits and then in order, the latter in f64. −∞ for a row without candidates, NaN for
-/// a row with NaN or +∞.
-pub fn log_sum_exp(cpu: &Cpu, row: &[f32]) -> f32 {
-    let Some(maximum) =
-        row.chunks(SPAN).map(|span| span_max(cpu, span)).try_fold(f32::NEG_INFINITY, |a, b| Some(a.max(b?)))
-    else {
-        return f32::NAN;
-    };
-    if maximum == f32::NEG_INFINITY {
-        return maximum;
-    }
-    let sum: f64 = row.chunks(SPAN).map(|span| f64::from(exp_sum(cpu, span, maximum, 1.0, None))).sum();
+/// ln Σ e^x of a row with this largest logit, summed per span of 4096 logits and then in order, the latter in f64.
+pub fn log_sum_exp(ops: RowOps, row: &[f32], maximum: f32) -> f32 {
+    // SAFETY: the kernel reads its own slice.
+    let span_sum = |row| unsafe { dispatch(ops.detected(), ExpSum { row, maximum }) };
+    let sum: f64 = row.chunks(SPAN).map(|span| f64::from(span_sum(span))).sum();
     (f64::from(maximum) + sum.ln()) as f32
 }
 
@@ -59,30 +70,17 @@ pub fn log_prob(row: &[f32], log_sum_exp: f32, token: u32) -> f32 {
 }
 
 /// 1 + the number of logits greater than that of `token`.
-pub fn rank(cpu: &Cpu, row: &[f32], token: u32) -> u32 {
+pub fn rank(ops: RowOps, row: &[f32], token: u32) -> u32 {
     // SAFETY: the kernel reads its own slice.
-    1 + unsafe { dispatch(cpu.detected(), CountGreater { row, than: row[token as usize] }) }
+    1 + unsafe { dispatch(ops.detected(), CountGreater { row, than: row[token as usize] }) }
 }
 
-/// The `n` largest logits with their ids, largest first, equal ones by ascending id. NaN counts as the smallest.
-pub fn top_n(row: &[f32], n: usize) -> Vec<(u32, f32)> {
-    let mut top: Vec<(u32, f32)> = Vec::with_capacity(n.min(row.len()) + 1);
-    if n == 0 {
-        return top;
-    }
-    let mut lowest = f32::NEG_INFINITY;
-    for (id, &logit) in row.iter().enumerate() {
-        // Ids ascend, so an equal logit never displaces one that is already in.
-        if logit > lowest || top.len() < n {
-            let at = top.partition_point(|&(_, other)| {
-                !matches!(logit.partial_cmp(&other), Some(Ordering::Greater)) && !other.is_nan()
-            });
-            top.insert(at, (id as u32, logit));
-            top.truncate(n);
-            if top.len() == n {
-                lowest = top[n - 1].1;
-            }
-        }
+/// The `n` largest logits with their ids, largest first, equal ones by ascending id.
+pub fn top_n(ops: RowOps, row: &[f32], n: usize) -> Vec<(u32, f32)> {
+    let mut top = Vec::with_capacity(n.min(row.len()) + 1);
+    if n > 0 {
+        // SAFETY: the kernel reads its own slice.
+        unsafe { dispatch(ops.detected(), TopN { row, n, top: &mut top }) };
     }
     top
 }
@@ -147,51 +145,43 @@ pub fn allow_only(row: &mut [f32], tokens: &[u32]) {
     }
 }
 
-/// The largest of a few logits, `None` if one is NaN or +∞.
-fn span_max(cpu: &Cpu, span: &[f32]) -> Option<f32> {
-    // SAFETY: the kernel reads its own slice.
-    let maximum = unsafe { dispatch(cpu.detected(), Max { row: span }) }?;
-    (maximum < f32::INFINITY).then_some(maximum)
-}
-
-/// Σ e^((x − maximum) · inverse_temperature), each term also written to `out` if given.
-fn exp_sum(cpu: &Cpu, span: &[f32], maximum: f32, inverse_temperature: f32, out: Option<&mut [f32]>) -> f32 {
-    if let Some(out) = &out {
-        assert_eq!(out.len(), span.len(), "one exponential per logit");
-    }
-    let out = out.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr);
-    // SAFETY: the kernel reads its own slice and writes as many values.
-    unsafe { dispatch(cpu.detected(), ExpSum { row: span, maximum, inverse_temperature, out }) }
-}
-
 struct Max<'a> {
     row: &'a [f32],
 }
 
 impl Kernel for Max<'_> {
+    /// The largest logit, unless one is NaN.
     type Output = Option<f32>;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) -> Option<f32> {
-        let lowest = s.splat(f32::NEG_INFINITY);
         let magnitude = s.splat_i(0x7fff_ffff);
-        let (mut maximum, mut magnitudes) = (lowest, s.splat_i(0));
-        for start in (0..self.row.len()).step_by(16) {
-            let n = (self.row.len() - start).min(16);
-            let x = s.keep_first(n, s.load_n(self.row.as_ptr().add(start), n), lowest);
-            maximum = s.max(maximum, x);
-            magnitudes = s.max_u(magnitudes, s.and(s.bits(x), magnitude));
+        // Two of each: a chain of maxima through the whole row would wait for each of them.
+        let mut maxima = [s.splat(f32::NEG_INFINITY); 2];
+        let mut magnitudes = [s.splat_i(0); 2];
+        let mut take = |at: usize, x: S::F| {
+            maxima[at] = s.max(maxima[at], x);
+            magnitudes[at] = s.max_u(magnitudes[at], s.and(s.bits(x), magnitude));
+        };
+        let (pairs, rest) = self.row.as_chunks::<32>();
+        for pair in pairs {
+            take(0, s.load(pair.as_ptr()));
+            take(1, s.load(pair.as_ptr().add(16)));
+        }
+        for part in rest.chunks(16) {
+            let x = s.load_n(part.as_ptr(), part.len());
+            take(0, s.keep_first(part.len(), x, s.splat(f32::NEG_INFINITY)));
         }
         // Above the bits of infinity are only NaN.
-        (s.reduce_max_u(magnitudes) <= f32::INFINITY.to_bits()).then(|| s.reduce_max(maximum))
+        let has_nan = s.reduce_max_u(s.max_u(magnitudes[0], magnitudes[1])) > f32::INFINITY.to_bits();
+        (!has_nan).then(|| s.reduce_max(s.max(maxima[0], maxima[1])))
     }
 }
 
+/// Σ e^(x − maximum).
 struct ExpSum<'a> {
     row: &'a [f32],
     maximum: f32,
-    inverse_temperature: f32,
-    out: *mut f32,
 }
 
 impl Kernel for ExpSum<'_> {
@@ -199,17 +189,15 @@ impl Kernel for ExpSum<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) -> f32 {
-        let (maximum, scale) = (s.splat(self.maximum), s.splat(self.inverse_temperature));
+        let maximum = s.splat(self.maximum);
         let mut sum = s.splat(0.0);
-        for start in (0..self.row.len()).step_by(16) {
-            let n = (self.row.len() - start).min(16);
-            let x = s.load_n(self.row.as_ptr().add(start), n);
-            let e = exp(s, s.mul(s.sub(x, maximum), scale));
-            let e = s.keep_first(n, e, s.splat(0.0));
-            if !self.out.is_null() {
-                s.store_n(self.out.add(start), n, e);
-            }
-            sum = s.add(sum, e);
+        let (vectors, rest) = self.row.as_chunks::<16>();
+        for vector in vectors {
+            sum = s.add(sum, exp(s, s.sub(s.load(vector.as_ptr()), maximum)));
+        }
+        if !rest.is_empty() {
+            let e = exp(s, s.sub(s.load_n(rest.as_ptr(), rest.len()), maximum));
+            sum = s.add(sum, s.keep_first(rest.len(), e, s.splat(0.0)));
         }
         s.reduce_add(sum)
     }
@@ -225,15 +213,46 @@ impl Kernel for CountGreater<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) -> u32 {
-        let (one, zero) = (s.float_of_bits(s.splat_i(1)), s.splat(0.0));
-        let mut count = s.splat_i(0);
-        for start in (0..self.row.len()).step_by(16) {
-            let n = (self.row.len() - start).min(16);
-            let x = s.load_n(self.row.as_ptr().add(start), n);
-            let greater = s.keep_first(n, s.select_lt(s.splat(self.than), x, one, zero), zero);
-            count = s.add_i(count, s.bits(greater));
+        let than = s.splat(self.than);
+        let (vectors, rest) = self.row.as_chunks::<16>();
+        let count: u32 = vectors.iter().map(|v| s.less(than, s.load(v.as_ptr())).count_ones()).sum();
+        count + rest.iter().filter(|&&x| x > self.than).count() as u32
+    }
+}
+
+struct TopN<'a> {
+    row: &'a [f32],
+    /// At least 1.
+    n: usize,
+    top: &'a mut Vec<(u32, f32)>,
+}
+
+impl Kernel for TopN<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { row, n, top } = self;
+        let mut lowest = f32::NEG_INFINITY;
+        for (index, part) in row.chunks(16).enumerate() {
+            // Few logits are among the best so far, so most vectors end here.
+            let x = s.load_n(part.as_ptr(), part.len());
+            let greater = s.less(s.splat(lowest), x) & ((1 << part.len()) - 1);
+            if greater == 0 && top.len() == n {
+                continue;
+            }
+            for (token, &logit) in (16 * index as u32..).zip(part) {
+                // Ids ascend, so an equal logit never displaces one that is already in.
+                if logit > lowest || top.len() < n {
+                    let at = top.partition_point(|&(_, other)| other >= logit);
+                    top.insert(at, (token, logit));
+                    top.truncate(n);
+                    if top.len() == n {
+                        lowest = top[n - 1].1;
+                    }
+                }
+            }
         }
-        s.reduce_add_i(count).cast_unsigned()
     }
 }
 

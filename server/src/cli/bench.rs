@@ -8,16 +8,17 @@
 //!
 //! TTFT and TPOT are those of the decode rounds' requests. The share of a limit: operations of linear layers against
 //! the arithmetic peak of the activations' type; for decode the larger of that and bytes read (packed weights once a
-//! step, KV of the contexts) against the measured read bandwidth.
+//! step, KV of the contexts) against the measured read bandwidth. Overhead is what the step thread does outside of the
+//! model, as a share of the time of steps in which all sequences decode.
 
 use std::time::{Duration, Instant};
 
 use tandem_engine::{
-    Activations, BackendInfo, EngineHandle, Event, Limits, Request, RequestStream, SamplingParams,
+    Activations, BackendInfo, EngineHandle, Event, Limits, Request, RequestStream, SamplingParams, StepTimes,
 };
 use tokio::task::JoinSet;
 
-use super::bench_report::{self, Percentiles, Report, Row};
+use super::bench_report::{self, Overhead, Percentiles, Report, Row};
 use super::startup::{self, Running};
 use super::{Exit, terminal};
 use crate::config::{BenchConfig, OutputFormat};
@@ -85,9 +86,12 @@ struct Measured {
     decode_tokens_per_second: f64,
     ttft_ms: Percentiles,
     tpot_ms: Percentiles,
+    decode_times: StepTimes,
 }
 
 async fn measure(config: &BenchConfig, running: &Running) -> Result<Vec<Measured>, Exit> {
+    // As the server does.
+    tokio::spawn(running.engine.carry_wakes());
     let mut load = Load {
         engine: &running.engine,
         vocab_size: running.info.vocab_size as u64,
@@ -125,6 +129,7 @@ async fn measure_one(
     let rounds = num_requests.div_ceil(concurrency);
     let (mut prefill, mut decode) = (Rate::default(), Rate::default());
     let (mut ttft, mut tpot) = (Vec::new(), Vec::new());
+    let before = load.engine.snapshot().decode_times;
     for _ in 0..rounds {
         let round = load.round(concurrency, prompt_tokens, 1).await?;
         prefill.add(concurrency * prompt_tokens, round.iter().map(|t| t.first()).max().unwrap_or_default());
@@ -140,13 +145,13 @@ async fn measure_one(
         decode_tokens_per_second: decode.per_second(),
         ttft_ms: Percentiles::of(ttft),
         tpot_ms: Percentiles::of(tpot),
+        decode_times: load.engine.snapshot().decode_times.since(&before),
     })
 }
 
 /// A measurement beside the limits.
 fn row(config: &BenchConfig, backend: &BackendInfo, limits: &Limits, measured: Measured) -> Row {
-    let Measured { concurrency, prefill_tokens_per_second, decode_tokens_per_second, ttft_ms, tpot_ms } =
-        measured;
+    let Measured { concurrency, prefill_tokens_per_second, decode_tokens_per_second, .. } = measured;
     let (prompt_tokens, output_tokens) = (config.prompt_tokens, config.output_tokens);
     let context = prompt_tokens + output_tokens / 2;
     Row {
@@ -155,10 +160,11 @@ fn row(config: &BenchConfig, backend: &BackendInfo, limits: &Limits, measured: M
         output_tokens,
         prefill_tokens_per_second,
         decode_tokens_per_second,
-        ttft_ms,
-        tpot_ms,
+        ttft_ms: measured.ttft_ms,
+        tpot_ms: measured.tpot_ms,
         prefill_share_of_limit: prefill_share(prefill_tokens_per_second, prompt_tokens, backend, limits),
         decode_share_of_limit: decode_share(decode_tokens_per_second, concurrency, context, backend, limits),
+        overhead: Overhead::from(&measured.decode_times),
     }
 }
 

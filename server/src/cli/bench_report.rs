@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use tandem_engine::Limits;
+use tandem_engine::{Limits, StepTimes};
 
 /// Everything that one run measured.
 #[derive(Debug, Serialize)]
@@ -38,6 +38,33 @@ pub(super) struct Row {
     pub(super) tpot_ms: Percentiles,
     pub(super) prefill_share_of_limit: f64,
     pub(super) decode_share_of_limit: f64,
+    pub(super) overhead: Overhead,
+}
+
+/// Parts of the time of decode steps that are not the model's, as shares of the whole; 0 where nothing was measured.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Overhead {
+    scheduling: f64,
+    sampling: f64,
+    emitting: f64,
+    total: f64,
+    us_per_step: f64,
+}
+
+impl From<&StepTimes> for Overhead {
+    fn from(times: &StepTimes) -> Self {
+        let share = |part: Duration| {
+            if times.steps == 0 { 0.0 } else { part.as_secs_f64() / times.total().as_secs_f64() }
+        };
+        let outside = times.total() - times.forward;
+        Self {
+            scheduling: share(times.scheduling),
+            sampling: share(times.sampling),
+            emitting: share(times.emitting),
+            total: share(outside),
+            us_per_step: outside.as_secs_f64() * 1e6 / times.steps.max(1) as f64,
+        }
+    }
 }
 
 /// Percentiles in milliseconds, by nearest rank; 0 where nothing was measured.
@@ -84,7 +111,7 @@ impl Report {
         let mut out = format!(
             "{model} {weights}, {backend} {isa}, {threads} threads\n\
              limits: read {:.1} GB/s, f32 {:.2} TFLOP/s, bf16 {:.2} TFLOP/s, int8 {:.2} TOP/s\n\n\
-             {:>4} {:>7} {:>7} {:>14} {:>8} {:>14} {:>8} {:>20} {:>20}\n",
+             {:>4} {:>7} {:>7} {:>14} {:>8} {:>14} {:>8} {:>20} {:>20} {:>9}\n",
             limits.read_gb_per_s,
             limits.f32_tflops,
             limits.bf16_tflops,
@@ -98,13 +125,14 @@ impl Report {
             "of limit",
             "TTFT ms 50/95/99",
             "TPOT ms 50/95/99",
+            "overhead",
         );
         for row in &self.results {
             let three = |p: &Percentiles, digits: usize| {
                 format!("{:.digits$}/{:.digits$}/{:.digits$}", p.p50, p.p95, p.p99)
             };
             out += &format!(
-                "{:>4} {:>7} {:>7} {:>14.1} {:>8} {:>14.1} {:>8} {:>20} {:>20}\n",
+                "{:>4} {:>7} {:>7} {:>14.1} {:>8} {:>14.1} {:>8} {:>20} {:>20} {:>9}\n",
                 row.concurrency,
                 row.prompt_tokens,
                 row.output_tokens,
@@ -114,6 +142,7 @@ impl Report {
                 percent(row.decode_share_of_limit),
                 three(&row.ttft_ms, 0),
                 three(&row.tpot_ms, 2),
+                percent(row.overhead.total),
             );
         }
         out
@@ -157,6 +186,7 @@ mod tests {
             tpot_ms: Percentiles::default(),
             prefill_share_of_limit: share,
             decode_share_of_limit: 0.5,
+            overhead: Overhead::default(),
         };
         let (model, weights) = ("m".to_owned(), "Q4_1".to_owned());
         Report { model, weights, backend: "cpu", isa: "scalar", threads: 2, limits, results: vec![row] }
@@ -173,8 +203,9 @@ mod tests {
         assert_eq!(
             keys(&json["results"][0]),
             "concurrency prompt_tokens output_tokens prefill_tokens_per_second decode_tokens_per_second ttft_ms tpot_ms \
-             prefill_share_of_limit decode_share_of_limit"
+             prefill_share_of_limit decode_share_of_limit overhead"
         );
+        assert_eq!(keys(&json["results"][0]["overhead"]), "scheduling sampling emitting total us_per_step");
         assert_eq!(
             json["results"][0]["ttft_ms"],
             serde_json::json!({ "p50": 50.0, "p95": 95.0, "p99": 99.0 })
@@ -186,6 +217,16 @@ mod tests {
         let p = Percentiles::of([3, 1, 2].map(Duration::from_millis).to_vec());
         assert_eq!((p.p50, p.p95, p.p99), (2.0, 3.0, 3.0));
         assert_eq!(Percentiles::of(Vec::new()).p50, 0.0);
+    }
+
+    #[test]
+    fn overhead_is_all_but_the_model() {
+        let us = Duration::from_micros;
+        let times =
+            StepTimes { steps: 2, scheduling: us(10), forward: us(150), sampling: us(30), emitting: us(10) };
+        let Overhead { scheduling, sampling, emitting, total, us_per_step } = Overhead::from(&times);
+        assert_eq!([scheduling, sampling, emitting, total, us_per_step], [0.05, 0.15, 0.05, 0.25, 25.0]);
+        assert_eq!(Overhead::from(&StepTimes::default()).total, 0.0);
     }
 
     #[test]

@@ -68,6 +68,7 @@ async fn run(config: ServeConfig, started: Instant, signals: &mut Signals) -> Re
     };
     let text = banner::text(&config, &running, api_address, metrics_address, started.elapsed());
     let engine = running.engine.clone();
+    tokio::spawn(engine.carry_wakes());
     state.install(serving(running));
     lifecycle.set(Phase::Ready);
     terminal::print(&text);

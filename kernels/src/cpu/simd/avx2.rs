@@ -57,6 +57,7 @@ impl Simd for Avx2 {
         max_u(a: I, b: I) -> I = _mm256_max_epu32(a, b);
         to_f(x: I) -> F = _mm256_cvtepi32_ps(x);
         to_i(x: F) -> I = _mm256_cvtps_epi32(x);
+        xor(a: I, b: I) -> I = _mm256_xor_si256(a, b);
         bits(x: F) -> I = _mm256_castps_si256(x);
         float_of_bits(x: I) -> F = _mm256_castsi256_ps(x);
         dot4(acc: I, w: I, a: I) -> I = _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a));
@@ -105,6 +106,49 @@ impl Simd for Avx2 {
         let mask = first(n);
         _mm256_maskstore_ps(p, mask[0], x[0]);
         _mm256_maskstore_ps(p.wrapping_add(8), mask[1], x[1]);
+    }
+
+    #[inline(always)]
+    unsafe fn less(self, a: F, b: F) -> u32 {
+        let mask = |i: usize| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i])).cast_unsigned();
+        mask(0) | mask(1) << 8
+    }
+
+    #[inline(always)]
+    unsafe fn less_i(self, a: I, b: I) -> u32 {
+        let mask = |i: usize| {
+            _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b[i], a[i]))).cast_unsigned()
+        };
+        mask(0) | mask(1) << 8
+    }
+
+    #[inline(always)]
+    unsafe fn mul_wide(self, a: I, b: I) -> (I, I) {
+        let half = |a: __m256i, b: __m256i| {
+            let even = _mm256_mul_epu32(a, b);
+            let odd = _mm256_mul_epu32(_mm256_srli_epi64::<32>(a), _mm256_srli_epi64::<32>(b));
+            let low = _mm256_blend_epi32::<0xaa>(even, _mm256_slli_epi64::<32>(odd));
+            let high = _mm256_blend_epi32::<0xaa>(_mm256_srli_epi64::<32>(even), odd);
+            (low, high)
+        };
+        let (first, second) = (half(a[0], b[0]), half(a[1], b[1]));
+        ([first.0, second.0], [first.1, second.1])
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_quads(self, x: [I; 4]) -> [I; 4] {
+        let half = |i: usize| {
+            let (a, b) = (_mm256_unpacklo_epi32(x[0][i], x[1][i]), _mm256_unpackhi_epi32(x[0][i], x[1][i]));
+            let (c, d) = (_mm256_unpacklo_epi32(x[2][i], x[3][i]), _mm256_unpackhi_epi32(x[2][i], x[3][i]));
+            [
+                _mm256_unpacklo_epi64(a, c),
+                _mm256_unpackhi_epi64(a, c),
+                _mm256_unpacklo_epi64(b, d),
+                _mm256_unpackhi_epi64(b, d),
+            ]
+        };
+        let (first, second) = (half(0), half(1));
+        [[first[0], second[0]], [first[1], second[1]], [first[2], second[2]], [first[3], second[3]]]
     }
 
     #[inline(always)]

@@ -52,6 +52,8 @@ impl Simd for Avx512 {
         min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
         select_lt(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 =
             _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x);
+        less(a: __m512, b: __m512) -> u32 = u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b));
+        less_i(a: __m512i, b: __m512i) -> u32 = u32::from(_mm512_cmplt_epi32_mask(a, b));
         keep_first(n: usize, x: __m512, fill: __m512) -> __m512 = _mm512_mask_blend_ps(first(n), fill, x);
 
         splat_i(x: i32) -> __m512i = _mm512_set1_epi32(x);
@@ -62,6 +64,7 @@ impl Simd for Avx512 {
         sub_i(a: __m512i, b: __m512i) -> __m512i = _mm512_sub_epi32(a, b);
         and(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512(a, b);
         or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
+        xor(a: __m512i, b: __m512i) -> __m512i = _mm512_xor_si512(a, b);
         max_u(a: __m512i, b: __m512i) -> __m512i = _mm512_max_epu32(a, b);
         reduce_max_u(x: __m512i) -> u32 = _mm512_reduce_max_epu32(x);
         reduce_add_i(x: __m512i) -> i32 = _mm512_reduce_add_epi32(x);
@@ -89,6 +92,27 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn dot4_finish(self, acc: __m512i, _init: __m512i) -> __m512i {
         acc
+    }
+
+    #[inline(always)]
+    unsafe fn mul_wide(self, a: __m512i, b: __m512i) -> (__m512i, __m512i) {
+        let even = _mm512_mul_epu32(a, b);
+        let odd = _mm512_mul_epu32(_mm512_srli_epi64::<32>(a), _mm512_srli_epi64::<32>(b));
+        let low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64::<32>(odd));
+        let high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64::<32>(even), odd);
+        (low, high)
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_quads(self, x: [__m512i; 4]) -> [__m512i; 4] {
+        let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+        let (c, d) = (_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+        [
+            _mm512_unpacklo_epi64(a, c),
+            _mm512_unpackhi_epi64(a, c),
+            _mm512_unpacklo_epi64(b, d),
+            _mm512_unpackhi_epi64(b, d),
+        ]
     }
 
     #[inline(always)]

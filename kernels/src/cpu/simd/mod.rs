@@ -59,6 +59,10 @@ pub(crate) trait Simd: Copy {
     unsafe fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// `x` where `a < b`, else `y` (also where unordered).
     unsafe fn select_lt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
+    /// Bit `i` is set where lane `i` of `a` is less than that of `b`; never where they are unordered.
+    unsafe fn less(self, a: Self::F, b: Self::F) -> u32;
+    /// The same for signed integers.
+    unsafe fn less_i(self, a: Self::I, b: Self::I) -> u32;
     /// The first `n` lanes of `x`, `fill` behind them; what stood there does not matter.
     unsafe fn keep_first(self, n: usize, x: Self::F, fill: Self::F) -> Self::F;
     /// Sum of the lanes in a fixed tree: halves onto each other, 16 → 8 → 4 → 2 → 1.
@@ -74,6 +78,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
     unsafe fn and(self, a: Self::I, b: Self::I) -> Self::I;
     unsafe fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn xor(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Low and high halves of the 64-bit products of unsigned lanes.
+    unsafe fn mul_wide(self, a: Self::I, b: Self::I) -> (Self::I, Self::I);
+    /// Lane `4q + k` of vector `j` becomes lane `4q + j` of vector `k`, for each `q`: four transposes of 4 × 4.
+    unsafe fn transpose_quads(self, x: [Self::I; 4]) -> [Self::I; 4];
     unsafe fn shl<const N: u32>(self, a: Self::I) -> Self::I;
     /// Logical shift of 32-bit lanes.
     unsafe fn shr<const N: u32>(self, a: Self::I) -> Self::I;

@@ -55,6 +55,7 @@ impl Simd for Scalar {
         sub_i(a: I, b: I) -> I = a.wrapping_sub(b);
         and(a: I, b: I) -> I = a & b;
         or(a: I, b: I) -> I = a | b;
+        xor(a: I, b: I) -> I = a ^ b;
         max_u(a: I, b: I) -> I = a.cast_unsigned().max(b.cast_unsigned()).cast_signed();
         to_f(x: I) -> F = x as f32;
         to_i(x: F) -> I = x.round_ties_even() as i32;
@@ -103,6 +104,26 @@ impl Simd for Scalar {
         for i in 0..n {
             *p.add(i) = x[i];
         }
+    }
+
+    #[inline(always)]
+    unsafe fn less(self, a: F, b: F) -> u32 {
+        (0..16).fold(0, |mask, i| mask | u32::from(a[i] < b[i]) << i)
+    }
+
+    #[inline(always)]
+    unsafe fn less_i(self, a: I, b: I) -> u32 {
+        (0..16).fold(0, |mask, i| mask | u32::from(a[i] < b[i]) << i)
+    }
+
+    #[inline(always)]
+    unsafe fn mul_wide(self, a: I, b: I) -> (I, I) {
+        products(a, b)
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_quads(self, x: [I; 4]) -> [I; 4] {
+        std::array::from_fn(|k| std::array::from_fn(|lane| x[lane % 4][lane / 4 * 4 + k]))
     }
 
     #[inline(always)]
@@ -213,4 +234,17 @@ impl Simd for Scalar {
     unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
         enter(kernel)
     }
+}
+
+/// Out of line: inlined before a transpose of quads, LLVM 22 merges the shuffles of both and loses lanes of the high
+/// halves (baseline x86-64; a test of the noise's bits shows it).
+#[inline(never)]
+fn products(a: I, b: I) -> (I, I) {
+    let (mut low, mut high) = ([0; 16], [0; 16]);
+    for i in 0..16 {
+        let product = u64::from(a[i].cast_unsigned()) * u64::from(b[i].cast_unsigned());
+        low[i] = (product as u32).cast_signed();
+        high[i] = ((product >> 32) as u32).cast_signed();
+    }
+    (low, high)
 }

@@ -45,7 +45,7 @@ impl Executor for Toy {
             .flat_map(|sequence| sequence.logits_rows.iter().map(|row| sequence.token_ids[*row as usize]))
             .collect();
         let rows = rows.iter().map(|row| self.answer(row, inputs[row.logits_row as usize])).collect();
-        Ok(StepOutput { rows })
+        Ok(StepOutput { rows, ..StepOutput::default() })
     }
 
     fn abort(&mut self) {}
