@@ -8,14 +8,14 @@ use std::fmt::Write;
 /// Width of the page and of one chart, height of a chart with its title and legend, in pixels.
 const WIDTH: f64 = 920.0;
 const HEIGHT: f64 = 400.0;
-const HEADER: f64 = 48.0;
+const HEADER: f64 = 64.0;
 /// Space around the axes for titles, tick labels and legend.
 const LEFT: f64 = 76.0;
 const RIGHT: f64 = 28.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 92.0;
 /// Width of a letter of the labels' size, to keep labels apart.
-const LETTER: f64 = 6.6;
+const LETTER: f64 = 6.4;
 /// Height of a line of labels.
 const LINE: f64 = 14.0;
 
@@ -81,9 +81,9 @@ pub(super) struct Point {
     pub(super) label: String,
 }
 
-/// Charts below each other under one title. Points that their axis cannot show (not finite, or not above 0 on a
+/// Charts below each other under a title and a line of details. Points that their axis cannot show (not finite, or not above 0 on a
 /// logarithmic one) are left out.
-pub(super) fn page(title: &str, charts: &[Chart]) -> String {
+pub(super) fn page(title: &str, details: &str, charts: &[Chart]) -> String {
     let height = HEADER + HEIGHT * charts.len() as f64;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
@@ -91,7 +91,8 @@ pub(super) fn page(title: &str, charts: &[Chart]) -> String {
         style()
     );
     let _ = writeln!(svg, "<rect class=\"paper\" width=\"{WIDTH}\" height=\"{height}\"/>");
-    let _ = writeln!(svg, "<text class=\"ink\" x=\"24\" y=\"32\" font-size=\"16\">{}</text>", escaped(title));
+    let _ = writeln!(svg, "<text class=\"ink\" x=\"24\" y=\"30\" font-size=\"16\">{}</text>", escaped(title));
+    let _ = writeln!(svg, "<text class=\"ink\" x=\"24\" y=\"50\">{}</text>", escaped(details));
     for (index, chart) in charts.iter().enumerate() {
         let _ = writeln!(svg, "<g transform=\"translate(0 {})\">", HEADER + HEIGHT * index as f64);
         draw(&mut svg, chart);
@@ -186,7 +187,7 @@ fn round_step(most: f64) -> f64 {
 }
 
 /// The next 1, 2 or 5 times a power of ten from `value` on.
-fn round_up(value: f64) -> f64 {
+pub(super) fn round_up(value: f64) -> f64 {
     let power = 10f64.powf(value.log10().floor());
     let digits = [1.0, 2.0, 5.0, 10.0];
     digits
@@ -197,7 +198,7 @@ fn round_up(value: f64) -> f64 {
 }
 
 /// The last 1, 2 or 5 times a power of ten up to `value`.
-fn round_down(value: f64) -> f64 {
+pub(super) fn round_down(value: f64) -> f64 {
     let power = 10f64.powf(value.log10().floor());
     let digits = [5.0, 2.0, 1.0];
     digits.map(|digit| digit * power).into_iter().find(|&round| round <= value * 1.000_001).unwrap_or(power)
@@ -328,18 +329,16 @@ fn overlap(a: &[f64; 4], b: &[f64; 4]) -> bool {
 fn draw_legend(svg: &mut String, series: &[Series]) {
     let (mut x, mut y) = (LEFT, HEIGHT - 28.0);
     for series in series.iter().filter(|series| !series.name.is_empty()) {
-        let width = 44.0 + series.name.chars().count() as f64 * LETTER;
+        let width = 48.0 + series.name.chars().count() as f64 * LETTER;
         if x > LEFT && x + width > WIDTH - RIGHT {
             (x, y) = (LEFT, y + 18.0);
         }
-        draw_series(
-            svg,
-            &Series { name: String::new(), points: Vec::new(), ..*series },
-            &[(x, y), (x + 24.0, y)],
-        );
-        let (at, base, name) = (x + 32.0, y + 4.0, escaped(&series.name));
-        let _ = writeln!(svg, "<text class=\"ink\" x=\"{at}\" y=\"{base}\">{name}</text>");
-        x += width + 14.0;
+        let sample = |markers| Series { name: String::new(), points: Vec::new(), markers, ..*series };
+        draw_series(svg, &sample(false), &[(x, y), (x + 24.0, y)]);
+        draw_series(svg, &sample(series.markers), &[(x + 12.0, y)]);
+        let (at, base, name) = (x + 30.0, y + 4.0, escaped(&series.name));
+        let _ = writeln!(svg, "<text class=\"ink\" x=\"{at:.1}\" y=\"{base}\">{name}</text>");
+        x += width;
     }
 }
 
@@ -445,12 +444,12 @@ pub(super) mod tests {
         for (points, scale) in
             cases.into_iter().flat_map(|points| [(points, Scale::Linear), (points, Scale::Log)])
         {
-            let svg = page("t", &[chart(scale, points)]);
+            let svg = page("t", "", &[chart(scale, points)]);
             assert_well_formed(&svg);
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-            // The last two are the legend's.
+            // The last is the legend's.
             let places = circles(&svg);
-            let places = &places[..places.len() - 2];
+            let places = &places[..places.len() - 1];
             let shown = points.iter().filter(|(x, y)| can_show(scale, *x) && can_show(scale, *y)).count();
             assert_eq!(places.len(), shown, "{points:?}");
             for &(x, y) in places {
@@ -464,7 +463,7 @@ pub(super) mod tests {
 
     #[test]
     fn places_follow_the_scale() {
-        let svg = page("t", &[chart(Scale::Log, &[(1.0, 1.0), (10.0, 10.0), (100.0, 100.0)])]);
+        let svg = page("t", "", &[chart(Scale::Log, &[(1.0, 1.0), (10.0, 10.0), (100.0, 100.0)])]);
         let places = circles(&svg);
         let middle = ((places[0].0 + places[2].0) / 2.0, (places[0].1 + places[2].1) / 2.0);
         assert!((places[1].0 - middle.0).abs() < 0.2 && (places[1].1 - middle.1).abs() < 0.2);

@@ -1,6 +1,6 @@
 //! What is drawn of a report.
 
-use super::chart::{Axis, Chart, Line, Point, Scale, Series, page};
+use super::chart::{Axis, Chart, Line, Point, Scale, Series, page, round_down, round_up};
 use super::local_report::Report as EngineReport;
 use super::remote_report::Report as ServerReport;
 use super::statistics::Summary;
@@ -11,8 +11,8 @@ pub(super) fn of_engine(report: &EngineReport) -> String {
     let sizes = results.first().map_or(String::new(), |row| {
         format!(", {} prompt and {} output tokens", row.prompt_tokens, row.output_tokens)
     });
-    let title =
-        format!("{model} {weights}, {backend} {isa}, {threads} threads, {activations} activations{sizes}");
+    let title = format!("{model}, {weights}");
+    let details = format!("{backend} {isa}, {threads} threads, {activations} activations{sizes}");
     let by_concurrency = |value: &dyn Fn(usize) -> f64| -> Vec<Point> {
         results.iter().enumerate().map(|(i, row)| point(row.concurrency as f64, value(i))).collect()
     };
@@ -27,7 +27,7 @@ pub(super) fn of_engine(report: &EngineReport) -> String {
         ],
     };
     let times: Vec<(Summary, Summary)> = results.iter().map(|row| (row.ttft_ms, row.tpot_ms)).collect();
-    page(&title, &[roofline(report), rates, latency(&concurrency, &times)])
+    page(&title, &details, &[roofline(report), rates, latency(&concurrency, &times)])
 }
 
 /// Rates and times of a server.
@@ -36,7 +36,7 @@ pub(super) fn of_server(report: &ServerReport) -> String {
     let sizes = results.first().map_or(String::new(), |row| {
         let complete = (row.num_requests - row.num_errors).max(1);
         let (prompt, output) = (row.total_prompt_tokens / complete, row.total_output_tokens / complete);
-        format!(", {prompt} prompt and {output} output tokens")
+        format!("{prompt} prompt and {output} output tokens")
     });
     let concurrency: Vec<usize> = results.iter().map(|row| row.concurrency).collect();
     let rate = |value: &dyn Fn(usize) -> f64| -> Vec<Point> {
@@ -52,7 +52,7 @@ pub(super) fn of_server(report: &ServerReport) -> String {
         ],
     };
     let times: Vec<(Summary, Summary)> = results.iter().map(|row| (row.ttft_ms, row.tpot_ms)).collect();
-    page(&format!("{model} at {url}{sizes}"), &[rates, latency(&concurrency, &times)])
+    page(&format!("{model} at {url}"), &sizes, &[rates, latency(&concurrency, &times)])
 }
 
 /// Operations a second over operations per byte, below the two limits.
@@ -78,7 +78,8 @@ fn roofline(report: &EngineReport) -> Chart {
     // The limits go as far as the dots and past the knee where they meet.
     let knee = peak / bytes_per_second;
     let dots = || prefill.points.iter().chain(&decode.points).map(|p| p.x);
-    let (left, right) = (dots().fold(knee, f64::min) / 2.0, dots().fold(knee, f64::max) * 2.0);
+    let left = round_down(dots().fold(knee, f64::min) / 1.5);
+    let right = round_up(dots().fold(knee, f64::max) * 1.5);
     let memory = vec![point(left, left * bytes_per_second), point(knee, peak)];
     let arithmetic = vec![point(knee, peak), point(right, peak)];
     let limit = |name: String, colour, line, points| Series { name, colour, line, markers: false, points };
