@@ -4,19 +4,20 @@ use std::io::{self, IsTerminal};
 
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{CommonConfig, LogFormat};
+use crate::config::LogFormat;
 
-/// Starts the log. `--log-level` wins over `RUST_LOG`, that over `default_level`.
-pub(super) fn init(config: &CommonConfig, default_level: &str) {
+/// Starts the log in its form and with the filter of `--log-level`, which wins over `RUST_LOG`, that over
+/// `default_level`.
+pub(super) fn init((format, filter): (LogFormat, Option<&str>), default_level: &str) {
     // The flag was checked with the configuration; a broken RUST_LOG is not worth refusing to start.
-    let flag = config.log_level.as_deref().and_then(|filter| EnvFilter::try_new(filter).ok());
+    let flag = filter.and_then(|filter| EnvFilter::try_new(filter).ok());
     let filter = flag.or_else(|| EnvFilter::try_from_default_env().ok());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter.unwrap_or_else(|| EnvFilter::new(default_level)))
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none());
     // An error means that a log exists already, which only a test can do.
-    let _ = match config.log_format {
+    let _ = match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };

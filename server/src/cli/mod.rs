@@ -5,7 +5,6 @@
 
 mod banner;
 mod bench;
-mod bench_report;
 mod check;
 mod drain;
 mod logging;
@@ -43,13 +42,13 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
         }
         Err(Stop::Refused(error)) => return Exit::refused(error).report(),
     };
-    let (common, level) = match &parsed.command {
-        Command::Serve(config) => (&config.common, "info"),
-        Command::Check(config) => (&config.common, "warn"),
-        Command::Run(config) => (&config.common, "warn"),
-        Command::Bench(config) => (&config.common, "warn"),
+    let (log, level) = match &parsed.command {
+        Command::Serve(config) => (config.common.log(), "info"),
+        Command::Check(config) => (config.common.log(), "warn"),
+        Command::Run(config) => (config.common.log(), "warn"),
+        Command::Bench(config) => (config.log(), "warn"),
     };
-    logging::init(common, level);
+    logging::init(log, level);
     for note in &parsed.notes {
         tracing::warn!("{note}");
     }

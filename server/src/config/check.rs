@@ -4,12 +4,9 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::ValueEnum;
-
 use super::error::{ConfigError, Origin};
 use super::flags::{
-    BenchFlags, ComputeFlags, LogFlags, MemoryFlags, ModelFlags, ModelOptions, RunFlags, SchedulingFlags,
-    ServeFlags,
+    ComputeFlags, LogFlags, MemoryFlags, ModelFlags, ModelOptions, RunFlags, SchedulingFlags, ServeFlags,
 };
 use super::layers::Origins;
 use super::secret::ApiKey;
@@ -112,30 +109,11 @@ pub struct RunConfig {
     pub repetition_penalty: Option<f32>,
 }
 
-/// `tandem bench`.
-#[derive(Debug, Clone)]
-pub struct BenchConfig {
-    /// Model, machine, memory; the prefix cache is off.
-    pub common: CommonConfig,
-    /// Tokens of each prompt.
-    pub prompt_tokens: usize,
-    /// Tokens of each answer.
-    pub output_tokens: usize,
-    /// Requests at once, one measurement for each.
-    pub concurrency: Vec<usize>,
-    /// Requests of each measurement; `None`: chosen by concurrency.
-    pub num_requests: Option<usize>,
-    /// Form of the result.
-    pub format: OutputFormat,
-}
-
-/// How a result is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum OutputFormat {
-    /// A table.
-    Text,
-    /// One JSON object.
-    Json,
+impl CommonConfig {
+    /// Form and filter of the log.
+    pub(crate) fn log(&self) -> (LogFormat, Option<&str>) {
+        (self.log_format, self.log_level.as_deref())
+    }
 }
 
 pub(super) fn serve(flags: ServeFlags, origins: &Origins) -> Result<ServeConfig, ConfigError> {
@@ -194,29 +172,11 @@ pub(super) fn run(flags: RunFlags, origins: &Origins) -> Result<RunConfig, Confi
     })
 }
 
-pub(super) fn bench(flags: BenchFlags, origins: &Origins) -> Result<BenchConfig, ConfigError> {
-    let BenchFlags { model, compute, memory, scheduling, log, .. } = flags;
-    let (model, options) = split(model);
-    let mut common = common(model, options, compute, memory, scheduling, log, origins)?;
-    common.prefix_caching = false;
-    if let Some(&most) = flags.concurrency.iter().max().filter(|&&most| most > 4096) {
-        return Err(refuse(origins, "concurrency", format!("{most} is more than 4096")));
-    }
-    Ok(BenchConfig {
-        common,
-        prompt_tokens: flags.prompt_tokens as usize,
-        output_tokens: flags.output_tokens as usize,
-        concurrency: flags.concurrency.into_iter().map(|n| n as usize).collect(),
-        num_requests: flags.num_requests.map(|n| n as usize),
-        format: flags.format,
-    })
-}
-
-fn split(flags: ModelFlags) -> (Option<PathBuf>, ModelOptions) {
+pub(super) fn split(flags: ModelFlags) -> (Option<PathBuf>, ModelOptions) {
     (flags.model_positional, flags.options)
 }
 
-fn common(
+pub(super) fn common(
     model: Option<PathBuf>,
     options: ModelOptions,
     compute: ComputeFlags,
@@ -288,7 +248,7 @@ fn common(
 
 /// A filter takes any word for a module to log, so that a mistyped level would log nothing: a word by itself must be
 /// a level.
-fn check_log_filter(filter: &str) -> Result<(), String> {
+pub(super) fn check_log_filter(filter: &str) -> Result<(), String> {
     const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
     let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word));
     // Fields of spans have commas of their own.
@@ -371,6 +331,6 @@ fn cache_folder() -> Option<PathBuf> {
         .or_else(|| variable("HOME").map(|home| home.join(".cache/tandem")))
 }
 
-fn refuse(origins: &Origins, flag: &str, message: impl Into<String>) -> ConfigError {
+pub(super) fn refuse(origins: &Origins, flag: &str, message: impl Into<String>) -> ConfigError {
     ConfigError::new(origins.of(flag), message)
 }

@@ -10,7 +10,7 @@ use clap::builder::TypedValueParser;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Arg, ArgAction, Args, CommandFactory, Parser, Subcommand};
 
-use super::check::OutputFormat;
+use super::bench::{Endpoint, OutputFormat};
 use super::layers;
 use super::values::{
     Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType, byte_size,
@@ -23,6 +23,7 @@ const SCHEDULING: &str = "Scheduling";
 const SERVER: &str = "Server";
 const SAMPLING: &str = "Sampling";
 const BENCH: &str = "Benchmark";
+const REMOTE: &str = "Benchmark of a server";
 const CONFIGURATION: &str = "Configuration and logs";
 
 const STYLES: Styles = Styles::styled()
@@ -53,7 +54,7 @@ pub(super) enum CommandFlags {
     Serve(Box<ServeFlags>),
     /// Answer one prompt in the terminal, or chat when there is none.
     Run(Box<RunFlags>),
-    /// Measure prefill and decode speed against this machine's limits.
+    /// Measure prefill and decode speed against this machine's limits, or any server's over HTTP.
     Bench(Box<BenchFlags>),
     /// Say whether machine, model and configuration fit, and what would be used.
     Check(Box<ServeFlags>),
@@ -282,12 +283,30 @@ pub(super) struct BenchFlags {
     #[arg(long, value_name = "N,…", num_args = 1.., value_delimiter = ',', default_value = "1,16",
           value_parser = count(), help_heading = BENCH)]
     pub(super) concurrency: Vec<u64>,
-    /// Requests of each measurement [default: twice the concurrency, at least 3]
-    #[arg(long, value_name = "N", value_parser = count(), help_heading = BENCH)]
+    /// Requests of each measurement [default: twice the concurrency, at least 3; with --url four times, at least 8]
+    #[arg(long, visible_alias = "requests", value_name = "N", value_parser = count(), help_heading = BENCH)]
     pub(super) num_requests: Option<u64>,
     /// Form of the result on standard output
     #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = BENCH)]
     pub(super) format: OutputFormat,
+    /// Also draw the result into this SVG file
+    #[arg(long, value_name = "FILE", help_heading = BENCH)]
+    pub(super) plot: Option<PathBuf>,
+    /// Measure the server at this address (http://host:port), any that speaks OpenAI's API, instead of the engine
+    #[arg(long, value_name = "URL", help_heading = REMOTE)]
+    pub(super) url: Option<String>,
+    /// Route that is asked
+    #[arg(long, value_name = "ROUTE", default_value = "completions", help_heading = REMOTE)]
+    pub(super) endpoint: Endpoint,
+    /// The model's name in requests; also --model [default: the first of /v1/models]
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',', help_heading = REMOTE)]
+    pub(super) served_model_name: Vec<String>,
+    /// Key that requests bring; of several the first. Better set by the variable, which other users cannot see
+    #[arg(long, value_name = "KEY", num_args = 1.., value_delimiter = ',', help_heading = REMOTE)]
+    pub(super) api_key: Vec<String>,
+    /// Seconds from opening a connection to the answer's end after which a request has failed
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = whole(1, 86_400), help_heading = REMOTE)]
+    pub(super) timeout: u64,
     #[command(flatten)]
     pub(super) log: LogFlags,
 }

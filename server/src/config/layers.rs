@@ -36,6 +36,18 @@ impl Origins {
         self.by_flag.get(flag).cloned().unwrap_or_else(|| Origin::Default(flag.to_owned()))
     }
 
+    /// Flags given on the command line, in the order of the alphabet.
+    pub fn on_command_line(&self) -> impl Iterator<Item = &str> {
+        let mut flags: Vec<&str> = self
+            .by_flag
+            .iter()
+            .filter(|(_, origin)| matches!(origin, Origin::Flag(_)))
+            .map(|(flag, _)| flag.as_str())
+            .collect();
+        flags.sort_unstable();
+        flags.into_iter()
+    }
+
     /// Whether anybody gave the flag.
     pub fn given(&self, flag: &str) -> bool {
         self.by_flag.contains_key(flag)

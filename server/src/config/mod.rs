@@ -4,6 +4,7 @@
 //! written to afterwards. Precedence: flag, environment (`TANDEM_PORT` for `--port`), file of `--config` (key
 //! `port`), default. Every refusal names where the value came from.
 
+mod bench;
 mod check;
 mod error;
 mod file;
@@ -12,7 +13,8 @@ mod layers;
 mod secret;
 mod values;
 
-pub use check::{BenchConfig, CommonConfig, OutputFormat, RunConfig, ServeConfig};
+pub use bench::{BaseUrl, BenchConfig, BenchLoad, BenchTarget, Endpoint, OutputFormat, ServerTarget};
+pub use check::{CommonConfig, RunConfig, ServeConfig};
 pub use error::{ConfigError, Origin};
 pub use layers::{Environment, Origins, environment_of_process};
 pub use secret::ApiKey;
@@ -70,7 +72,7 @@ pub fn parse(arguments: Vec<OsString>, environment: &Environment) -> Result<Pars
         }
         flags::CommandFlags::Run(flags) => check::run(*flags, origins).map(|c| Command::Run(Box::new(c))),
         flags::CommandFlags::Bench(flags) => {
-            check::bench(*flags, origins).map(|c| Command::Bench(Box::new(c)))
+            bench::bench(*flags, origins).map(|c| Command::Bench(Box::new(c)))
         }
     };
     Ok(Parsed { command: command.map_err(Stop::Refused)?, notes: resolved.notes })

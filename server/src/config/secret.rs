@@ -13,6 +13,11 @@ impl ApiKey {
         Self(key.into())
     }
 
+    /// The key itself, for the request that has to bring it.
+    pub(crate) fn reveal(&self) -> &str {
+        &self.0
+    }
+
     /// Whether `presented` is this key; takes the same time wherever they differ (their lengths may show).
     pub fn matches(&self, presented: &[u8]) -> bool {
         let key = self.0.as_bytes();

@@ -222,13 +222,57 @@ fn random_weights_need_a_config_json() {
     assert!(message.starts_with("--load-format: ") && message.contains("config.json"), "{message}");
 }
 
+fn bench(arguments: &[&str], variables: &[(&str, &str)]) -> BenchConfig {
+    match parse_with(&[&["bench"], arguments].concat(), variables) {
+        Ok(Parsed { command: Command::Bench(config), .. }) => *config,
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn bench_turns_the_prefix_cache_off() {
-    let parsed = parse_with(&["bench", "m.gguf", "--concurrency", "1,4", "--format", "json"], &[]).unwrap();
-    let Command::Bench(config) = parsed.command else { panic!() };
-    assert_eq!(config.concurrency, [1, 4]);
-    assert_eq!((config.prompt_tokens, config.output_tokens, config.format), (512, 128, OutputFormat::Json));
-    assert!(!config.common.prefix_caching);
+    let BenchConfig { load, format, plot, target, .. } =
+        bench(&["m.gguf", "--concurrency", "1,4", "--format", "json", "--requests", "7"], &[]);
+    assert_eq!((load.concurrency, load.num_requests), (vec![1, 4], Some(7)));
+    assert_eq!((load.prompt_tokens, load.output_tokens, format, plot), (512, 128, OutputFormat::Json, None));
+    let BenchTarget::Engine(common) = target else { panic!() };
+    assert!(!common.prefix_caching);
+}
+
+#[test]
+fn bench_of_a_server_needs_no_model() {
+    let server = |arguments: &[&str], variables: &[(&str, &str)]| {
+        let all = [&["--url", "http://h:81/v1"], arguments].concat();
+        let BenchTarget::Server(server) = bench(&all, variables).target else { panic!() };
+        server
+    };
+    let plain = server(&[], &[]);
+    assert_eq!((plain.url.port, plain.endpoint, plain.timeout.as_secs()), (81, Endpoint::Completions, 600));
+    assert!(plain.model.is_none() && plain.api_key.is_none());
+    assert_eq!(server(&["--model", "org/m"], &[]).model.as_deref(), Some("org/m"));
+    assert_eq!(server(&["--model", "a", "--served-model-name", "b"], &[]).model.as_deref(), Some("b"));
+    // The path that `serve` takes from there is no name.
+    let variables = [("TANDEM_MODEL", "/models/m.gguf"), ("TANDEM_API_KEY", "k,l"), ("TANDEM_THREADS", "2")];
+    let from_variables = server(&["--endpoint", "chat"], &variables);
+    assert_eq!((from_variables.model, from_variables.endpoint), (None, Endpoint::Chat));
+    assert!(from_variables.api_key.unwrap().matches(b"k"));
+}
+
+#[test]
+fn bench_refuses_flags_that_would_do_nothing() {
+    let refused = |arguments: &[&str]| match parse_with(&[&["bench"], arguments].concat(), &[]) {
+        Err(Stop::Refused(error)) => error.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let with_url = |rest: &[&str]| refused(&[&["--url", "http://h"], rest].concat());
+    assert!(with_url(&["--isa", "avx2"]).starts_with("--isa: "));
+    assert!(with_url(&["--max-num-seqs", "8"]).starts_with("--max-num-seqs: "));
+    assert!(with_url(&["--timeout", "0"]).starts_with("--timeout: "));
+    assert!(with_url(&["--api-key", "a\nb"]).starts_with("--api-key: "));
+    assert!(with_url(&["--concurrency", "4097"]).starts_with("--concurrency: "));
+    assert!(refused(&["m.gguf", "--timeout", "5"]).starts_with("--timeout: "));
+    assert!(refused(&["m.gguf", "--api-key", "k"]).contains("--url"));
+    assert!(refused(&["--url", "https://h"]).starts_with("--url: "));
 }
 
 #[test]

@@ -1,9 +1,11 @@
-//! The result of a benchmark, as JSON and as a table.
+//! The result of a benchmark of the engine, as JSON and as a table.
 
 use std::time::Duration;
 
 use serde::Serialize;
 use tandem_engine::{Limits, StepTimes};
+
+use super::statistics::Summary;
 
 /// Everything that one run measured.
 #[derive(Debug, Serialize)]
@@ -13,14 +15,17 @@ pub(super) struct Report {
     pub(super) backend: &'static str,
     pub(super) isa: &'static str,
     pub(super) threads: usize,
+    pub(super) activations: &'static str,
     pub(super) limits: LimitsReport,
+    /// The limit of the activations' type.
+    pub(super) peak_operations_per_second: f64,
     pub(super) results: Vec<Row>,
 }
 
 /// What the machine can do at most.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct LimitsReport {
-    read_gb_per_s: f64,
+    pub(super) read_gb_per_s: f64,
     f32_tflops: f64,
     bf16_tflops: f64,
     int8_tops: f64,
@@ -34,10 +39,12 @@ pub(super) struct Row {
     pub(super) output_tokens: usize,
     pub(super) prefill_tokens_per_second: f64,
     pub(super) decode_tokens_per_second: f64,
-    pub(super) ttft_ms: Percentiles,
-    pub(super) tpot_ms: Percentiles,
+    pub(super) ttft_ms: Summary,
+    pub(super) tpot_ms: Summary,
     pub(super) prefill_share_of_limit: f64,
     pub(super) decode_share_of_limit: f64,
+    pub(super) prefill_work: Work,
+    pub(super) decode_work: Work,
     pub(super) overhead: Overhead,
 }
 
@@ -67,12 +74,11 @@ impl From<&StepTimes> for Overhead {
     }
 }
 
-/// Percentiles in milliseconds, by nearest rank; 0 where nothing was measured.
-#[derive(Debug, Default, Serialize)]
-pub(super) struct Percentiles {
-    p50: f64,
-    p95: f64,
-    p99: f64,
+/// What was done a second, by the count that the shares are of.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Work {
+    pub(super) operations_per_second: f64,
+    pub(super) bytes_per_second: f64,
 }
 
 impl From<&Limits> for LimitsReport {
@@ -83,17 +89,6 @@ impl From<&Limits> for LimitsReport {
             bf16_tflops: limits.bf16_tflops,
             int8_tops: limits.int8_tops,
         }
-    }
-}
-
-impl Percentiles {
-    pub(super) fn of(mut times: Vec<Duration>) -> Self {
-        times.sort_unstable();
-        let at = |percent: usize| {
-            let rank = (times.len() * percent).div_ceil(100).max(1) - 1;
-            times.get(rank).map_or(0.0, |time| time.as_secs_f64() * 1e3)
-        };
-        Self { p50: at(50), p95: at(95), p99: at(99) }
     }
 }
 
@@ -128,7 +123,7 @@ impl Report {
             "overhead",
         );
         for row in &self.results {
-            let three = |p: &Percentiles, digits: usize| {
+            let three = |p: &Summary, digits: usize| {
                 format!("{:.digits$}/{:.digits$}/{:.digits$}", p.p50, p.p95, p.p99)
             };
             out += &format!(
@@ -171,10 +166,15 @@ fn percent(share: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn report(share: f64) -> Report {
+    fn work(operations_per_second: f64, bytes_per_second: f64) -> Work {
+        Work { operations_per_second, bytes_per_second }
+    }
+
+    /// A report with one row, whose prefill has this share.
+    pub(in super::super) fn report(share: f64) -> Report {
         let limits = LimitsReport { read_gb_per_s: 80.0, f32_tflops: 0.5, bf16_tflops: 1.0, int8_tops: 2.0 };
         let row = Row {
             concurrency: 1,
@@ -182,14 +182,26 @@ mod tests {
             output_tokens: 128,
             prefill_tokens_per_second: 1.0,
             decode_tokens_per_second: 2.0,
-            ttft_ms: Percentiles::of((1..=100).map(Duration::from_millis).collect()),
-            tpot_ms: Percentiles::default(),
+            ttft_ms: Summary { p50: 50.0, ..Summary::default() },
+            tpot_ms: Summary::default(),
             prefill_share_of_limit: share,
             decode_share_of_limit: 0.5,
+            prefill_work: work(0.4e12, 0.1e9),
+            decode_work: work(0.02e12, 40e9),
             overhead: Overhead::default(),
         };
         let (model, weights) = ("m".to_owned(), "Q4_1".to_owned());
-        Report { model, weights, backend: "cpu", isa: "scalar", threads: 2, limits, results: vec![row] }
+        Report {
+            model,
+            weights,
+            backend: "cpu",
+            isa: "scalar",
+            threads: 2,
+            activations: "int8",
+            limits,
+            peak_operations_per_second: 2e12,
+            results: vec![row],
+        }
     }
 
     #[test]
@@ -198,25 +210,21 @@ mod tests {
         let keys = |value: &serde_json::Value| {
             value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ")
         };
-        assert_eq!(keys(&json), "model weights backend isa threads limits results");
+        assert_eq!(
+            keys(&json),
+            "model weights backend isa threads activations limits peak_operations_per_second results"
+        );
         assert_eq!(keys(&json["limits"]), "read_gb_per_s f32_tflops bf16_tflops int8_tops");
         assert_eq!(
             keys(&json["results"][0]),
             "concurrency prompt_tokens output_tokens prefill_tokens_per_second decode_tokens_per_second ttft_ms tpot_ms \
-             prefill_share_of_limit decode_share_of_limit overhead"
+             prefill_share_of_limit decode_share_of_limit prefill_work decode_work overhead"
         );
         assert_eq!(keys(&json["results"][0]["overhead"]), "scheduling sampling emitting total us_per_step");
         assert_eq!(
             json["results"][0]["ttft_ms"],
-            serde_json::json!({ "p50": 50.0, "p95": 95.0, "p99": 99.0 })
+            serde_json::json!({ "mean": 0.0, "p50": 50.0, "p90": 0.0, "p95": 0.0, "p99": 0.0 })
         );
-    }
-
-    #[test]
-    fn percentiles_of_few_are_by_nearest_rank() {
-        let p = Percentiles::of([3, 1, 2].map(Duration::from_millis).to_vec());
-        assert_eq!((p.p50, p.p95, p.p99), (2.0, 3.0, 3.0));
-        assert_eq!(Percentiles::of(Vec::new()).p50, 0.0);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `tandem bench`: the engine's speed without HTTP, as shares of limits measured in the same run, before
+//! The engine's speed without HTTP, as shares of limits measured in the same run, before
 //! and after: the better of both counts, since other load on the machine only ever lowers one.
 //!
 //! For each concurrency c, rounds of c requests with random, distinct prompts, prefix cache off, end tokens ignored:
@@ -18,25 +18,28 @@ use tandem_engine::{
 };
 use tokio::task::JoinSet;
 
-use super::bench_report::{self, Overhead, Percentiles, Report, Row};
-use super::startup::{self, Running};
-use super::{Exit, terminal};
-use crate::config::{BenchConfig, OutputFormat};
+use super::super::Exit;
+use super::super::startup::{self, Running};
+use super::local_report::{LimitsReport, Overhead, Report, Row, Work};
+use super::prompts::Random;
+use super::statistics::Summary;
+use crate::config::{BenchLoad, CommonConfig};
 
 /// Tokens of the prompt that warms caches and thread pool up.
 const WARM_UP_TOKENS: usize = 64;
 
-/// Runs the command.
-pub(super) fn bench(mut config: BenchConfig) -> Result<(), Exit> {
-    let length = config.prompt_tokens + config.output_tokens;
-    let most = config.concurrency.iter().copied().max().unwrap_or(1);
-    // Sizes that nobody asked for are those of the measurement.
-    config.common.max_model_len.get_or_insert(length);
-    config.common.max_num_seqs = config.common.max_num_seqs.max(most);
-    config.common.max_num_batched_tokens =
-        config.common.max_num_batched_tokens.max(config.common.max_num_seqs);
-    let prepared = startup::prepare(&config.common, startup::engine_options(&config.common, most.max(16)))?;
-    let (fits, needed) = (prepared.plan.kv_tokens, most * length.next_multiple_of(config.common.block_size));
+/// Measures an engine on the model of `common`, whose sizes become those of the load where nobody asked for others.
+///
+/// # Errors
+/// What does not fit together, and what loading or computing said.
+pub(super) fn measure_engine(mut common: CommonConfig, load: &BenchLoad) -> Result<Report, Exit> {
+    let length = load.prompt_tokens + load.output_tokens;
+    let most = load.concurrency.iter().copied().max().unwrap_or(1);
+    common.max_model_len.get_or_insert(length);
+    common.max_num_seqs = common.max_num_seqs.max(most);
+    common.max_num_batched_tokens = common.max_num_batched_tokens.max(common.max_num_seqs);
+    let prepared = startup::prepare(&common, startup::engine_options(&common, most.max(16)))?;
+    let (fits, needed) = (prepared.plan.kv_tokens, most * length.next_multiple_of(common.block_size));
     if prepared.plan.max_model_len < length {
         return Err(Exit::refused(format!(
             "prompt and output have {length} tokens, the context {}",
@@ -49,24 +52,19 @@ pub(super) fn bench(mut config: BenchConfig) -> Result<(), Exit> {
         )));
     }
     // Before the weights are there: the limits are the machine's, and its memory is free.
-    let options = startup::model_options(&config.common);
-    let measure_limits =
-        || tandem_engine::measure_limits(&options).map_err(|e| startup::refusal(&config.common, e));
+    let options = startup::model_options(&common);
+    let measure_limits = || tandem_engine::measure_limits(&options).map_err(|e| startup::refusal(&common, e));
     let before = measure_limits()?;
-    let running = prepared.load(&config.common)?;
+    let running = prepared.load(&common)?;
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     let runtime = runtime.map_err(|e| Exit::failed(format!("no runtime: {e}")))?;
-    let result = runtime.block_on(measure(&config, &running));
+    let results = runtime.block_on(measure(load, &running));
     running.engine.shutdown();
-    let results = result?;
+    let results = results?;
     // Again, in case the machine was busy with something else before; what it did once it can do.
     let limits = better(&before, &measure_limits()?);
-    let report = report(&config, &running, &limits, results);
-    terminal::print(&match config.format {
-        OutputFormat::Json => report.json(),
-        OutputFormat::Text => report.text(),
-    });
-    report.check().map_err(Exit::failed)
+    let step_tokens = common.max_num_batched_tokens;
+    Ok(report(load, &Machine { backend: &running.backend, limits: &limits, step_tokens }, &running, results))
 }
 
 /// The larger of two measurements, limit by limit.
@@ -84,56 +82,66 @@ struct Measured {
     concurrency: usize,
     prefill_tokens_per_second: f64,
     decode_tokens_per_second: f64,
-    ttft_ms: Percentiles,
-    tpot_ms: Percentiles,
+    ttft_ms: Summary,
+    tpot_ms: Summary,
     decode_times: StepTimes,
 }
 
-async fn measure(config: &BenchConfig, running: &Running) -> Result<Vec<Measured>, Exit> {
+async fn measure(load: &BenchLoad, running: &Running) -> Result<Vec<Measured>, Exit> {
     // As the server does.
     tokio::spawn(running.engine.carry_wakes());
-    let mut load = Load {
+    let mut requests = Requests {
         engine: &running.engine,
         vocab_size: running.info.vocab_size as u64,
-        state: config.common.seed.unwrap_or(0),
+        random: Random::new(load.seed.unwrap_or(0)),
     };
-    load.round(1, WARM_UP_TOKENS.min(config.prompt_tokens), 2.min(config.output_tokens)).await?;
+    requests.round(1, WARM_UP_TOKENS.min(load.prompt_tokens), 2.min(load.output_tokens)).await?;
     let mut results = Vec::new();
-    for &concurrency in &config.concurrency {
+    for &concurrency in &load.concurrency {
         tracing::info!(concurrency, "measuring");
-        results.push(measure_one(config, &mut load, concurrency).await?);
+        results.push(measure_one(load, &mut requests, concurrency).await?);
     }
     Ok(results)
 }
 
-fn report(config: &BenchConfig, running: &Running, limits: &Limits, results: Vec<Measured>) -> Report {
-    let backend = &running.backend;
+/// What a measurement is compared with.
+struct Machine<'a> {
+    backend: &'a BackendInfo,
+    limits: &'a Limits,
+    /// Tokens that one step takes at most.
+    step_tokens: usize,
+}
+
+fn report(load: &BenchLoad, machine: &Machine<'_>, running: &Running, results: Vec<Measured>) -> Report {
+    let backend = machine.backend;
     Report {
         model: running.info.name.clone(),
         weights: running.info.weights.clone(),
         backend: backend.backend,
         isa: backend.isa,
         threads: backend.threads,
-        limits: bench_report::LimitsReport::from(limits),
-        results: results.into_iter().map(|measured| row(config, backend, limits, measured)).collect(),
+        activations: backend.activations.name(),
+        limits: LimitsReport::from(machine.limits),
+        peak_operations_per_second: machine.peak(),
+        results: results.into_iter().map(|measured| row(load, machine, measured)).collect(),
     }
 }
 
 async fn measure_one(
-    config: &BenchConfig,
-    load: &mut Load<'_>,
+    load: &BenchLoad,
+    requests: &mut Requests<'_>,
     concurrency: usize,
 ) -> Result<Measured, Exit> {
-    let (prompt_tokens, output_tokens) = (config.prompt_tokens, config.output_tokens);
-    let num_requests = config.num_requests.unwrap_or((2 * concurrency).max(3));
+    let (prompt_tokens, output_tokens) = (load.prompt_tokens, load.output_tokens);
+    let num_requests = load.num_requests.unwrap_or((2 * concurrency).max(3));
     let rounds = num_requests.div_ceil(concurrency);
     let (mut prefill, mut decode) = (Rate::default(), Rate::default());
     let (mut ttft, mut tpot) = (Vec::new(), Vec::new());
-    let before = load.engine.snapshot().decode_times;
+    let before = requests.engine.snapshot().decode_times;
     for _ in 0..rounds {
-        let round = load.round(concurrency, prompt_tokens, 1).await?;
+        let round = requests.round(concurrency, prompt_tokens, 1).await?;
         prefill.add(concurrency * prompt_tokens, round.iter().map(|t| t.first()).max().unwrap_or_default());
-        let round = load.round(concurrency, prompt_tokens, output_tokens).await?;
+        let round = requests.round(concurrency, prompt_tokens, output_tokens).await?;
         let (tokens, time) = together(&round);
         decode.add(tokens, time);
         ttft.extend(round.iter().map(Timeline::first));
@@ -143,17 +151,19 @@ async fn measure_one(
         concurrency,
         prefill_tokens_per_second: prefill.per_second(),
         decode_tokens_per_second: decode.per_second(),
-        ttft_ms: Percentiles::of(ttft),
-        tpot_ms: Percentiles::of(tpot),
-        decode_times: load.engine.snapshot().decode_times.since(&before),
+        ttft_ms: Summary::of(ttft),
+        tpot_ms: Summary::of(tpot),
+        decode_times: requests.engine.snapshot().decode_times.since(&before),
     })
 }
 
 /// A measurement beside the limits.
-fn row(config: &BenchConfig, backend: &BackendInfo, limits: &Limits, measured: Measured) -> Row {
+fn row(load: &BenchLoad, machine: &Machine<'_>, measured: Measured) -> Row {
     let Measured { concurrency, prefill_tokens_per_second, decode_tokens_per_second, .. } = measured;
-    let (prompt_tokens, output_tokens) = (config.prompt_tokens, config.output_tokens);
+    let (prompt_tokens, output_tokens) = (load.prompt_tokens, load.output_tokens);
+    let prefill = machine.prefill_work(prefill_tokens_per_second, prompt_tokens, concurrency);
     let context = prompt_tokens + output_tokens / 2;
+    let decode = machine.decode_work(decode_tokens_per_second, concurrency, context);
     Row {
         concurrency,
         prompt_tokens,
@@ -162,48 +172,55 @@ fn row(config: &BenchConfig, backend: &BackendInfo, limits: &Limits, measured: M
         decode_tokens_per_second,
         ttft_ms: measured.ttft_ms,
         tpot_ms: measured.tpot_ms,
-        prefill_share_of_limit: prefill_share(prefill_tokens_per_second, prompt_tokens, backend, limits),
-        decode_share_of_limit: decode_share(decode_tokens_per_second, concurrency, context, backend, limits),
+        prefill_share_of_limit: prefill.operations_per_second / machine.peak(),
+        decode_share_of_limit: machine.share(&decode),
+        prefill_work: prefill,
+        decode_work: decode,
         overhead: Overhead::from(&measured.decode_times),
     }
 }
 
-/// Operations done over the arithmetic peak.
-fn prefill_share(
-    tokens_per_second: f64,
-    prompt_tokens: usize,
-    backend: &BackendInfo,
-    limits: &Limits,
-) -> f64 {
-    // One row of logits for each prompt.
-    let per_token =
-        backend.layer_flops_per_token as f64 + backend.head_flops_per_row as f64 / prompt_tokens as f64;
-    tokens_per_second * per_token / peak(backend, limits)
-}
+impl Machine<'_> {
+    /// Operations of linear layers, with one row of logits for each prompt; weights once a step.
+    fn prefill_work(&self, tokens_per_second: f64, prompt_tokens: usize, concurrency: usize) -> Work {
+        let backend = self.backend;
+        let per_token =
+            backend.layer_flops_per_token as f64 + backend.head_flops_per_row as f64 / prompt_tokens as f64;
+        let step = self.step_tokens.min(prompt_tokens * concurrency) as f64;
+        let bytes_per_token = backend.weight_bytes as f64 / step + backend.kv_bytes_per_token as f64;
+        Work {
+            operations_per_second: tokens_per_second * per_token,
+            bytes_per_second: tokens_per_second * bytes_per_token,
+        }
+    }
 
-/// The larger of bytes read over the read bandwidth and operations over the arithmetic peak.
-fn decode_share(
-    tokens_per_second: f64,
-    concurrency: usize,
-    context: usize,
-    backend: &BackendInfo,
-    limits: &Limits,
-) -> f64 {
-    let steps_per_second = tokens_per_second / concurrency as f64;
-    let kv_bytes = concurrency as f64 * context as f64 * backend.kv_bytes_per_token as f64;
-    let bytes_per_second = steps_per_second * (backend.weight_bytes as f64 + kv_bytes);
-    let operations = tokens_per_second * (backend.layer_flops_per_token + backend.head_flops_per_row) as f64;
-    (bytes_per_second / (limits.read_gb_per_s * 1e9)).max(operations / peak(backend, limits))
-}
+    /// Weights once a step, KV of every context.
+    fn decode_work(&self, tokens_per_second: f64, concurrency: usize, context: usize) -> Work {
+        let backend = self.backend;
+        let steps_per_second = tokens_per_second / concurrency as f64;
+        let kv_bytes = concurrency as f64 * context as f64 * backend.kv_bytes_per_token as f64;
+        let per_token = (backend.layer_flops_per_token + backend.head_flops_per_row) as f64;
+        Work {
+            operations_per_second: tokens_per_second * per_token,
+            bytes_per_second: steps_per_second * (backend.weight_bytes as f64 + kv_bytes),
+        }
+    }
 
-/// Operations a second that the activations' type allows.
-fn peak(backend: &BackendInfo, limits: &Limits) -> f64 {
-    1e12 * match backend.activations {
-        Activations::F32 => limits.f32_tflops,
-        Activations::Bf16 => limits.bf16_tflops,
-        Activations::Int8 => limits.int8_tops,
-        // Two products of bytes for each of int16 by int8.
-        Activations::Int16 => limits.int8_tops / 2.0,
+    /// The larger of bytes read over the read bandwidth and operations over the arithmetic peak.
+    fn share(&self, work: &Work) -> f64 {
+        let of_bandwidth = work.bytes_per_second / (self.limits.read_gb_per_s * 1e9);
+        of_bandwidth.max(work.operations_per_second / self.peak())
+    }
+
+    /// Operations a second that the activations' type allows.
+    fn peak(&self) -> f64 {
+        1e12 * match self.backend.activations {
+            Activations::F32 => self.limits.f32_tflops,
+            Activations::Bf16 => self.limits.bf16_tflops,
+            Activations::Int8 => self.limits.int8_tops,
+            // Two products of bytes for each of int16 by int8.
+            Activations::Int16 => self.limits.int8_tops / 2.0,
+        }
     }
 }
 
@@ -258,13 +275,13 @@ impl Timeline {
 }
 
 /// Makes requests.
-struct Load<'a> {
+struct Requests<'a> {
     engine: &'a EngineHandle,
     vocab_size: u64,
-    state: u64,
+    random: Random,
 }
 
-impl Load<'_> {
+impl Requests<'_> {
     /// Runs `concurrency` requests at once to their end.
     async fn round(
         &mut self,
@@ -272,7 +289,8 @@ impl Load<'_> {
         prompt_tokens: usize,
         output_tokens: usize,
     ) -> Result<Vec<Timeline>, Exit> {
-        let prompts: Vec<Vec<u32>> = (0..concurrency).map(|_| self.prompt(prompt_tokens)).collect();
+        let prompts: Vec<Vec<u32>> =
+            (0..concurrency).map(|_| self.random.token_ids(prompt_tokens, self.vocab_size)).collect();
         let started = Instant::now();
         let mut requests = JoinSet::new();
         let mut streams = Vec::with_capacity(concurrency);
@@ -291,18 +309,6 @@ impl Load<'_> {
             true => Ok(timelines),
             false => Err(Exit::failed("a request ended before its tokens were out")),
         }
-    }
-
-    fn prompt(&mut self, length: usize) -> Vec<u32> {
-        (0..length).map(|_| (self.random() % self.vocab_size) as u32).collect()
-    }
-
-    /// SplitMix64.
-    fn random(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.state ^ (self.state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
     }
 }
 
@@ -371,10 +377,14 @@ mod tests {
             kv_bytes_per_token: 0,
         };
         let limits = Limits { read_gb_per_s: 1.0, f32_tflops: 1.0, bf16_tflops: 1.0, int8_tops: 1e-6 };
-        // 1,000 tokens/s × (900 + 100/10) operations over 1e6 operations/s.
-        assert!((prefill_share(1000.0, 10, &backend, &limits) - 0.91).abs() < 1e-9);
+        let machine = Machine { backend: &backend, limits: &limits, step_tokens: 8 };
+        // 1,000 tokens/s × (900 + 100/10) operations over 1e6 operations/s; the weights once in 8 tokens.
+        let prefill = machine.prefill_work(1000.0, 10, 1);
+        assert!((prefill.operations_per_second / machine.peak() - 0.91).abs() < 1e-9);
+        assert!((prefill.bytes_per_second - 125e6).abs() < 1e-3);
         // 500 steps/s × 1 MB over 1 GB/s; 500,000 operations/s are as much.
-        assert!((decode_share(500.0, 1, 0, &backend, &limits) - 0.5).abs() < 1e-9);
-        assert!((decode_share(800.0, 2, 0, &backend, &limits) - 0.8).abs() < 1e-9);
+        let share = |rate, concurrency| machine.share(&machine.decode_work(rate, concurrency, 0));
+        assert!((share(500.0, 1) - 0.5).abs() < 1e-9);
+        assert!((share(800.0, 2) - 0.8).abs() < 1e-9);
     }
 }
