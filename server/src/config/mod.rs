@@ -16,7 +16,9 @@ pub use check::{BenchConfig, CommonConfig, OutputFormat, RunConfig, ServeConfig}
 pub use error::{ConfigError, Origin};
 pub use layers::{Environment, Origins, environment_of_process};
 pub use secret::ApiKey;
-pub use values::{Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType};
+pub use values::{
+    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
+};
 
 use clap::FromArgMatches;
 use std::ffi::OsString;
