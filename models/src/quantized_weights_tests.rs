@@ -1,11 +1,16 @@
 //! Tests of rounding at load, on written files and on random weights.
 
+use crate::batch::ForwardBatch;
 use crate::gguf::test_file::TestFile;
+use crate::llama::{Llama, LlamaOptions};
 use crate::model_files::{DummyOptions, ModelFiles, open, open_dummy};
+use crate::quantize::quantize;
 use crate::test_folder::TestFolder;
 use crate::weights::RowOrder;
+use half::bf16;
 use std::path::{Path, PathBuf};
-use tandem_kernels::DType;
+use tandem_kernels::cpu::{Cpu, CpuOptions, KvCache};
+use tandem_kernels::{Activations, DType, KvDType};
 
 const CONFIG: &str = r#"{"model_type":"llama","hidden_size":96,"intermediate_size":128,"num_hidden_layers":1,
     "num_attention_heads":3,"num_key_value_heads":1,"vocab_size":50,"tie_word_embeddings":true,"attention_bias":true}"#;
@@ -72,6 +77,66 @@ fn a_golden_checkpoint_is_the_same_on_any_number_of_threads() {
     let (alone, many) = (round(1), round(7));
     assert!(contents(&alone) == contents(&many));
     assert_eq!(alone.fingerprint, many.fingerprint);
+}
+
+/// Logits of six tokens in one step, as bits.
+fn logits(files: &ModelFiles) -> Vec<u32> {
+    let cpu = Cpu::new(CpuOptions { isa: None, threads: Some(2) }).unwrap();
+    let options = LlamaOptions { activations: Activations::Int8, max_tokens: 6, max_logits_rows: 6 };
+    let mut llama = Llama::load(&cpu, "test", files.config.clone(), files.weights(), options).unwrap();
+    let mut kv = KvCache::new(Llama::kv_cache_config(&files.config, 1, KvDType::Bf16)).unwrap();
+    let batch = ForwardBatch {
+        token_ids: vec![3, 1, 7, 0, 5, 3],
+        positions: (0..6).collect(),
+        cu_seqlens: vec![0, 6],
+        context_lens: vec![0],
+        block_tables: vec![0],
+        block_table_offsets: vec![0, 1],
+        slot_mapping: (0..6).collect(),
+        logits_rows: (0..6).collect(),
+        block_copies: vec![],
+    };
+    llama.forward(&cpu, &batch, &mut kv).iter().map(|logit| logit.to_bits()).collect()
+}
+
+#[test]
+fn a_file_of_the_type_is_the_same_model_as_rounding_at_load() {
+    let mut state = 1u64;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    let mut plain = TestFile::llama(30);
+    for tensor in &mut plain.tensors {
+        match tensor.dims.len() {
+            2 => tensor.data.chunks_exact_mut(2).for_each(|value| {
+                value.copy_from_slice(&bf16::from_f32(random()).to_le_bytes());
+            }),
+            _ => tensor.data.chunks_exact_mut(4).for_each(|one| one.copy_from_slice(&1f32.to_le_bytes())),
+        }
+    }
+    let folder = TestFolder::new();
+    let plain_path = folder.write("plain.gguf", plain.bytes());
+    let mut answers = vec![logits(&open(&plain_path).unwrap())];
+    for (dtype, type_id) in [(DType::Q4_0, 2), (DType::Q4_1, 3), (DType::Q8_0, 8)] {
+        let mut file = TestFile::llama(type_id);
+        for (tensor, source) in file.tensors.iter_mut().zip(&plain.tensors) {
+            if tensor.dims.len() < 2 {
+                tensor.data.clone_from(&source.data);
+                continue;
+            }
+            let values: Vec<f32> =
+                source.data.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect();
+            quantize(dtype, &values, &mut tensor.data).unwrap();
+        }
+        let of_file = open(&folder.write("blocks.gguf", file.bytes())).unwrap();
+        let at_load = open(&plain_path).unwrap().quantized(dtype, 2).unwrap();
+        assert!(contents(&of_file) == contents(&at_load), "{dtype}");
+        answers.push(logits(&of_file));
+        assert_eq!(answers.last(), Some(&logits(&at_load)), "{dtype}");
+    }
+    let distinct: std::collections::BTreeSet<_> = answers.iter().collect();
+    assert_eq!(distinct.len(), answers.len(), "each rounding must have changed the answer");
 }
 
 #[test]

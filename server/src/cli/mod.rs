@@ -10,6 +10,7 @@ mod check;
 mod drain;
 mod logging;
 mod numbers;
+mod perplexity;
 mod run;
 mod serve;
 mod startup;
@@ -56,7 +57,10 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
     let result = match parsed.command {
         Command::Serve(config) => serve::serve(*config, started),
         Command::Run(config) => run::run(*config),
-        Command::Bench(config) => bench::bench(*config),
+        Command::Bench(mut config) => match config.perplexity.take() {
+            Some(wanted) => perplexity::perplexity(*config, &wanted),
+            None => bench::bench(*config),
+        },
         Command::Check(config) => check::check(*config),
     };
     match result {

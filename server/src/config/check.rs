@@ -21,6 +21,8 @@ use super::values::{
 const BLOCK_SIZE: u32 = 16;
 /// The most bytes of a chat template's file.
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
+/// Tokens of a window that is scored.
+const DEFAULT_PERPLEXITY_CONTEXT: u64 = 512;
 /// The default model's place in the cache folder.
 const DEFAULT_MODEL: &str = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
 
@@ -129,8 +131,19 @@ pub struct BenchConfig {
     pub concurrency: Vec<usize>,
     /// Requests of each measurement; `None`: chosen by concurrency.
     pub num_requests: Option<usize>,
+    /// A text to score instead.
+    pub perplexity: Option<PerplexityConfig>,
     /// Form of the result.
     pub format: OutputFormat,
+}
+
+/// `tandem bench --perplexity`.
+#[derive(Debug, Clone)]
+pub struct PerplexityConfig {
+    /// UTF-8 text.
+    pub file: PathBuf,
+    /// Tokens of a window.
+    pub context: usize,
 }
 
 /// How a result is printed.
@@ -206,12 +219,17 @@ pub(super) fn bench(flags: BenchFlags, origins: &Origins) -> Result<BenchConfig,
     if let Some(&most) = flags.concurrency.iter().max().filter(|&&most| most > 4096) {
         return Err(refuse(origins, "concurrency", format!("{most} is more than 4096")));
     }
+    if flags.context.is_some() && flags.perplexity.is_none() {
+        return Err(refuse(origins, "context", "needs --perplexity"));
+    }
+    let context = flags.context.unwrap_or(DEFAULT_PERPLEXITY_CONTEXT) as usize;
     Ok(BenchConfig {
         common,
         prompt_tokens: flags.prompt_tokens as usize,
         output_tokens: flags.output_tokens as usize,
         concurrency: flags.concurrency.into_iter().map(|n| n as usize).collect(),
         num_requests: flags.num_requests.map(|n| n as usize),
+        perplexity: flags.perplexity.map(|file| PerplexityConfig { file, context }),
         format: flags.format,
     })
 }

@@ -289,6 +289,12 @@ pub(super) struct BenchFlags {
     /// Requests of each measurement [default: twice the concurrency, at least 3]
     #[arg(long, value_name = "N", value_parser = count(), help_heading = BENCH)]
     pub(super) num_requests: Option<u64>,
+    /// Instead of speed, measure how well the model predicts the text of this file
+    #[arg(long, value_name = "FILE", help_heading = BENCH)]
+    pub(super) perplexity: Option<PathBuf>,
+    /// Tokens of the windows that --perplexity cuts the text into [default: 512]
+    #[arg(long, value_name = "TOKENS", value_parser = whole(4, u64::from(u32::MAX)), help_heading = BENCH)]
+    pub(super) context: Option<u64>,
     /// Form of the result on standard output
     #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = BENCH)]
     pub(super) format: OutputFormat,

@@ -12,7 +12,7 @@ mod layers;
 mod secret;
 mod values;
 
-pub use check::{BenchConfig, CommonConfig, OutputFormat, RunConfig, ServeConfig};
+pub use check::{BenchConfig, CommonConfig, OutputFormat, PerplexityConfig, RunConfig, ServeConfig};
 pub use error::{ConfigError, Origin};
 pub use layers::{Environment, Origins, environment_of_process};
 pub use secret::ApiKey;
