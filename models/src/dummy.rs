@@ -1,7 +1,8 @@
 //! Random weights of any configuration in any storage type, for benchmarks and for tests without a download.
 //!
 //! A tensor is a function of (seed, its name, its shape, its type) and is made when it is asked for, so a model never
-//! lies in memory twice. Every 64-bit word of randomness has its own counter: no state, no order of calls.
+//! lies in memory twice. Every 64-bit word of randomness has its own counter: no state, no order of calls, and any
+//! number of threads.
 //!
 //! Scales keep activations sane at any depth: a matrix of `K` columns has a standard deviation of `1/√K`, so that
 //! normalised inputs give outputs of about one; norm weights lie around 1, biases around 0. Values are draws from a
@@ -9,32 +10,35 @@
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
+use crate::model_files::DummyOptions;
+use crate::parallel::fill_units;
 use crate::tensor_table::required_tensors;
 use crate::weights::{RowOrder, Tensor, TensorInfo, WeightSource};
 use half::{bf16, f16};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use tandem_kernels::DType;
 
 /// A source that makes its tensors up.
 pub(crate) struct DummyWeights {
     file: String,
     seed: u64,
+    threads: usize,
     tensors: BTreeMap<String, TensorInfo>,
     normal: Vec<f32>,
 }
 
 /// Entries of the table of normal quantiles; 16 KB of f32 stay in the first-level cache.
 const QUANTILES: usize = 4096;
-/// Values of a block of the quantised types.
-const BLOCK: usize = 32;
 
 impl DummyWeights {
-    /// Weights for `config`: matrices in `dtype`, vectors in the type a file of that kind has for them.
+    /// Weights for `config`: matrices in the type of the options, vectors in the type a file of that kind has for them.
     ///
     /// # Errors
-    /// [`ModelError::Tensor`] if a row is no whole number of blocks of `dtype`.
-    pub(crate) fn new(file: &str, config: &ModelConfig, dtype: DType, seed: u64) -> Result<Self, ModelError> {
+    /// [`ModelError::Tensor`] if a row is no whole number of blocks of the type.
+    pub(crate) fn new(file: &str, config: &ModelConfig, options: DummyOptions) -> Result<Self, ModelError> {
+        let DummyOptions { dtype, seed, threads } = options;
         let mut tensors = BTreeMap::new();
         for spec in required_tensors(config) {
             // Vectors are never quantised; GGUF files have them in F32.
@@ -48,7 +52,7 @@ impl DummyWeights {
             }
             tensors.insert(spec.name, info);
         }
-        Ok(Self { file: file.to_owned(), seed, tensors, normal: normal_quantiles(QUANTILES) })
+        Ok(Self { file: file.to_owned(), seed, threads, tensors, normal: normal_quantiles(QUANTILES) })
     }
 
     fn find(&self, name: &str) -> Result<&TensorInfo, ModelError> {
@@ -65,24 +69,18 @@ impl DummyWeights {
             _ => (0.0, 1.0 / (cols as f32).sqrt()),
         };
         let values: Vec<f32> = self.normal.iter().map(|quantile| mean + deviation * quantile).collect();
+        let row_bytes = info.dtype.row_bytes(cols).expect("checked when the source was made");
+        let mut data = vec![0; num_elements / cols * row_bytes];
+        let threads = self.threads;
         match info.dtype {
-            DType::F32 => {
-                plain(random, num_elements, &values.iter().map(|v| v.to_le_bytes()).collect::<Vec<_>>())
-            }
-            DType::F16 => plain(
-                random,
-                num_elements,
-                &values.iter().map(|&v| f16::from_f32(v).to_le_bytes()).collect::<Vec<_>>(),
-            ),
-            DType::Bf16 => plain(
-                random,
-                num_elements,
-                &values.iter().map(|&v| bf16::from_f32(v).to_le_bytes()).collect::<Vec<_>>(),
-            ),
-            DType::Q8_0 => q8_0(random, num_elements / BLOCK, deviation),
-            DType::Q4_0 => q4_0(random, num_elements / BLOCK, deviation),
-            DType::Q4_1 => q4_1(random, num_elements / BLOCK, deviation),
+            DType::F32 => plain(random, threads, &mut data, |idx| values[idx].to_le_bytes()),
+            DType::F16 => plain(random, threads, &mut data, |idx| f16::from_f32(values[idx]).to_le_bytes()),
+            DType::Bf16 => plain(random, threads, &mut data, |idx| bf16::from_f32(values[idx]).to_le_bytes()),
+            DType::Q8_0 => q8_0(random, threads, &mut data, deviation),
+            DType::Q4_0 => q4_0(random, threads, &mut data, deviation),
+            DType::Q4_1 => q4_1(random, threads, &mut data, deviation),
         }
+        data
     }
 }
 
@@ -129,16 +127,31 @@ fn key(seed: u64, name: &str) -> u64 {
     name.bytes().fold(mix(seed ^ 0x7461_6e64_656d), |key, byte| mix(key ^ u64::from(byte)).wrapping_add(1))
 }
 
+/// Fills `data` with units of `unit_bytes`, the last of which may be shorter: `fill(unit, bytes)`.
+fn fill(threads: usize, unit_bytes: usize, data: &mut [u8], fill: impl Fn(u64, &mut [u8]) + Sync) {
+    let filled = fill_units(threads, unit_bytes, data, |first, piece| {
+        for (unit, bytes) in (first as u64..).zip(piece.chunks_mut(unit_bytes)) {
+            fill(unit, bytes);
+        }
+        Ok::<(), Infallible>(())
+    });
+    let Ok(()) = filled;
+}
+
 /// Draws from a table of ready encodings, four to a word of randomness.
-fn plain<const N: usize>(random: Random, num_elements: usize, table: &[[u8; N]]) -> Vec<u8> {
-    let mut data = vec![0; num_elements * N];
-    for (idx, quad) in data.chunks_mut(4 * N).enumerate() {
-        let word = random.word(idx as u64);
+fn plain<const N: usize>(
+    random: Random,
+    threads: usize,
+    data: &mut [u8],
+    encoding: impl Fn(usize) -> [u8; N],
+) {
+    let table: Vec<[u8; N]> = (0..QUANTILES).map(encoding).collect();
+    fill(threads, 4 * N, data, |unit, quad| {
+        let word = random.word(unit);
         for (lane, value) in quad.chunks_exact_mut(N).enumerate() {
             value.copy_from_slice(&table[(word >> (16 * lane)) as usize % QUANTILES]);
         }
-    }
-    data
+    });
 }
 
 /// `d` differs from block to block by up to a quarter, as it does in real files.
@@ -147,56 +160,50 @@ fn block_scale(word: u64, mean: f32) -> f32 {
 }
 
 /// f16 `d`, then 32 signed bytes of a normal distribution.
-fn q8_0(random: Random, num_blocks: usize, deviation: f32) -> Vec<u8> {
+fn q8_0(random: Random, threads: usize, data: &mut [u8], deviation: f32) {
     const WORDS: u64 = 5;
     let quantiles = normal_quantiles(256);
     let widest = quantiles[255];
     let table: Vec<u8> =
         quantiles.iter().map(|q| ((q / widest * 127.0).round() as i8).cast_unsigned()).collect();
-    let mut data = vec![0; num_blocks * 34];
-    for (idx, block) in data.chunks_exact_mut(34).enumerate() {
-        let word = |word: u64| random.word(idx as u64 * WORDS + word);
+    fill(threads, 34, data, |idx, block| {
+        let word = |word: u64| random.word(idx * WORDS + word);
         let d = block_scale(word(0), deviation * widest / 127.0);
         block[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
         for (eight, values) in block[2..].chunks_exact_mut(8).enumerate() {
             let bytes = word(1 + eight as u64).to_le_bytes();
             values.iter_mut().zip(bytes).for_each(|(value, byte)| *value = table[usize::from(byte)]);
         }
-    }
-    data
+    });
 }
 
 /// Standard deviation of a nibble that takes all 16 values equally often.
 const NIBBLE_DEVIATION: f32 = 4.609_772;
 
 /// f16 `d`, then 16 bytes of nibbles: `d · (q − 8)`. The sign of `d` is random, because nibbles have a mean of 7.5.
-fn q4_0(random: Random, num_blocks: usize, deviation: f32) -> Vec<u8> {
+fn q4_0(random: Random, threads: usize, data: &mut [u8], deviation: f32) {
     const WORDS: u64 = 3;
-    let mut data = vec![0; num_blocks * 18];
-    for (idx, block) in data.chunks_exact_mut(18).enumerate() {
-        let word = |word: u64| random.word(idx as u64 * WORDS + word);
+    fill(threads, 18, data, |idx, block| {
+        let word = |word: u64| random.word(idx * WORDS + word);
         let scale = block_scale(word(0), deviation / NIBBLE_DEVIATION);
         let d = if word(0) & 1 == 0 { scale } else { -scale };
         block[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
         block[2..10].copy_from_slice(&word(1).to_le_bytes());
         block[10..].copy_from_slice(&word(2).to_le_bytes());
-    }
-    data
+    });
 }
 
 /// f16 `d` and `m`, then 16 bytes of nibbles: `d · q + m`, with `m` that centres them.
-fn q4_1(random: Random, num_blocks: usize, deviation: f32) -> Vec<u8> {
+fn q4_1(random: Random, threads: usize, data: &mut [u8], deviation: f32) {
     const WORDS: u64 = 3;
-    let mut data = vec![0; num_blocks * 20];
-    for (idx, block) in data.chunks_exact_mut(20).enumerate() {
-        let word = |word: u64| random.word(idx as u64 * WORDS + word);
+    fill(threads, 20, data, |idx, block| {
+        let word = |word: u64| random.word(idx * WORDS + word);
         let d = block_scale(word(0), deviation / NIBBLE_DEVIATION);
         block[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
         block[2..4].copy_from_slice(&f16::from_f32(-7.5 * d).to_le_bytes());
         block[4..12].copy_from_slice(&word(1).to_le_bytes());
         block[12..].copy_from_slice(&word(2).to_le_bytes());
-    }
-    data
+    });
 }
 
 /// Midpoints of `num` equally likely slices of the standard normal distribution, ascending.
@@ -254,6 +261,10 @@ mod tests {
         }
     }
 
+    fn make(config: &ModelConfig, dtype: DType, seed: u64) -> Result<DummyWeights, ModelError> {
+        DummyWeights::new("config.json", config, DummyOptions { dtype, seed, threads: 2 })
+    }
+
     fn values(tensor: &Tensor<'_>) -> Vec<f32> {
         let matrix = tensor.matrix().unwrap();
         let mut values = vec![0.0; tensor.rows() * tensor.cols()];
@@ -274,7 +285,7 @@ mod tests {
     #[test]
     fn matrices_have_unit_gain_in_every_type() {
         for dtype in ALL {
-            let weights = DummyWeights::new("config.json", &config(), dtype, 7).unwrap();
+            let weights = make(&config(), dtype, 7).unwrap();
             for (name, cols) in
                 [("model.layers.1.mlp.down_proj.weight", 512.0f64), ("model.embed_tokens.weight", 256.0)]
             {
@@ -294,7 +305,7 @@ mod tests {
     #[test]
     fn norms_lie_around_one_and_biases_around_zero() {
         for dtype in ALL {
-            let weights = DummyWeights::new("config.json", &config(), dtype, 7).unwrap();
+            let weights = make(&config(), dtype, 7).unwrap();
             let norm = weights.tensor("model.norm.weight").unwrap().to_f32_vector().unwrap();
             assert!(norm.iter().all(|&value| (0.4..1.6).contains(&value)));
             let bias =
@@ -305,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_tensor_follows_from_seed_and_name() {
-        let make = |seed| DummyWeights::new("config.json", &config(), DType::Bf16, seed).unwrap();
+        let make = |seed| make(&config(), DType::Bf16, seed).unwrap();
         let data = |weights: &DummyWeights, name| weights.tensor(name).unwrap().data.into_owned();
         let (first, again, other) = (make(1), make(1), make(2));
         let (q, k) = ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight");
@@ -316,11 +327,25 @@ mod tests {
     }
 
     #[test]
+    fn the_number_of_threads_changes_nothing() {
+        let name = "model.layers.0.mlp.up_proj.weight";
+        for dtype in ALL {
+            let data = |threads| {
+                let options = DummyOptions { dtype, seed: 5, threads };
+                let weights = DummyWeights::new("config.json", &config(), options).unwrap();
+                weights.tensor(name).unwrap().data.into_owned()
+            };
+            let alone = data(1);
+            assert!([2, 3, 16].into_iter().all(|threads| data(threads) == alone), "{dtype}");
+        }
+    }
+
+    #[test]
     fn rows_that_are_no_whole_blocks_are_refused() {
         let odd = ModelConfig { intermediate_size: 500, ..config() };
-        let error = DummyWeights::new("config.json", &odd, DType::Q4_0, 1).err().unwrap().to_string();
+        let error = make(&odd, DType::Q4_0, 1).err().unwrap().to_string();
         assert!(error.contains("down_proj") && error.contains("Q4_0 blocks"), "{error}");
-        assert!(DummyWeights::new("config.json", &odd, DType::F16, 1).is_ok());
+        assert!(make(&odd, DType::F16, 1).is_ok());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::error::{ModelError, printable, shown};
-use crate::tensor_table::{TensorSpec, check};
+use crate::quantized_weights::QuantizedWeights;
+use crate::tensor_table::{TensorSpec, check, required_tensors};
 use crate::tokenizer_files::TokenizerFiles;
 use crate::weights::WeightSource;
 use crate::{dummy, fingerprint, gguf, hugging_face};
@@ -27,6 +28,8 @@ pub struct ModelFiles {
     pub summary: WeightSummary,
     /// Same for the same model only: a digest of configuration, tokenizer, tensor table, sizes and sampled weights.
     pub fingerprint: [u8; 16],
+    /// What messages call the model's file.
+    file: String,
     weights: Box<dyn WeightSource>,
 }
 
@@ -66,16 +69,27 @@ pub fn open(path: &Path) -> Result<ModelFiles, ModelError> {
     }
 }
 
-/// Opens a configuration (`config.json` or the folder that holds it) with random weights of type `dtype`, the same
-/// for the same `seed`. A tokenizer beside the configuration is used.
+/// How random weights are made.
+#[derive(Debug, Clone, Copy)]
+pub struct DummyOptions {
+    /// Type of the matrices.
+    pub dtype: DType,
+    /// The same seed makes the same weights.
+    pub seed: u64,
+    /// How many threads make a tensor.
+    pub threads: usize,
+}
+
+/// Opens a configuration (`config.json` or the folder that holds it) with random weights. A tokenizer beside the
+/// configuration is used.
 ///
 /// # Errors
 /// As [`open`]; also a row length that is not a multiple of the type's block.
-pub fn open_dummy(path: &Path, dtype: DType, seed: u64) -> Result<ModelFiles, ModelError> {
+pub fn open_dummy(path: &Path, options: DummyOptions) -> Result<ModelFiles, ModelError> {
     let config_json = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
     let folder = config_json.parent().map(Path::to_owned).unwrap_or_default();
     let parts = hugging_face::open_config(&config_json, &folder, |config| {
-        let weights = dummy::DummyWeights::new(&shown(&config_json), config, dtype, seed)?;
+        let weights = dummy::DummyWeights::new(&shown(&config_json), config, options)?;
         Ok(Box::new(weights) as Box<dyn WeightSource>)
     })?;
     assemble(path, ModelSource::Dummy, parts, &shown(&config_json))
@@ -85,6 +99,24 @@ impl ModelFiles {
     /// The weights, by canonical name; every tensor of [`crate::required_tensors`] is there in its exact shape.
     pub fn weights(&self) -> &dyn WeightSource {
         &*self.weights
+    }
+
+    /// The same model with its matrices (linear layers, embedding, LM head) rounded to the block format `dtype` whenever
+    /// they are read, on `threads` threads. A matrix that has this type already stays as it is; if all have, this is the
+    /// same model. Else it is another one, with another fingerprint.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if a matrix has another block type, or rows that are no whole number of blocks.
+    ///
+    /// # Panics
+    /// If `dtype` is no block format.
+    pub fn quantized(self, dtype: DType, threads: usize) -> Result<Self, ModelError> {
+        assert!(dtype.is_quantized(), "{dtype} is no block format");
+        let specs = required_tensors(&self.config);
+        let weights = Box::new(QuantizedWeights::new(&self.file, self.weights, &specs, dtype, threads)?);
+        let summary = summarise(&self.file, &specs, &*weights)?;
+        let fingerprint = fingerprint::fingerprint(&self.config, &self.tokenizer, &specs, &*weights)?;
+        Ok(Self { summary, fingerprint, weights, ..self })
     }
 
     /// The weights alone, when the rest is no longer needed.
@@ -166,6 +198,7 @@ fn assemble(path: &Path, source: ModelSource, parts: Parts, file: &str) -> Resul
         chat_template,
         summary,
         fingerprint,
+        file: file.to_owned(),
         weights,
     })
 }

@@ -13,6 +13,10 @@ fn golden(name: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden")).join(name)
 }
 
+fn dummy(path: &Path, dtype: DType, seed: u64) -> Result<ModelFiles, ModelError> {
+    open_dummy(path, DummyOptions { dtype, seed, threads: 2 })
+}
+
 fn refusal(path: &Path) -> String {
     match open(path) {
         Ok(_) => panic!("accepted"),
@@ -162,22 +166,20 @@ fn folders_are_recognised_or_explained() {
 #[test]
 fn what_is_no_regular_file_is_refused_at_once() {
     assert!(refusal(Path::new("/dev/zero")).ends_with("/dev/zero: not a regular file"));
-    let error = open_dummy(Path::new("/dev/null"), DType::F32, 1).err().unwrap().to_string();
+    let error = dummy(Path::new("/dev/null"), DType::F32, 1).err().unwrap().to_string();
     assert!(error.ends_with("/dev/null: not a regular file"), "{error}");
     let folder = TestFolder::new();
     folder.write("config.json/file", "");
-    assert!(
-        open_dummy(folder.path(), DType::F32, 1).err().unwrap().to_string().ends_with("not a regular file")
-    );
+    assert!(dummy(folder.path(), DType::F32, 1).err().unwrap().to_string().ends_with("not a regular file"));
 }
 
 #[test]
 fn dummy_models_need_only_a_configuration() {
     let folder = TestFolder::new();
     let file = folder.write("config.json", CONFIG);
-    let by_folder = open_dummy(folder.path(), DType::Q4_1, 3).unwrap();
-    let by_file = open_dummy(&file, DType::Q4_1, 3).unwrap();
-    let other_seed = open_dummy(&file, DType::Q4_1, 4).unwrap();
+    let by_folder = dummy(folder.path(), DType::Q4_1, 3).unwrap();
+    let by_file = dummy(&file, DType::Q4_1, 3).unwrap();
+    let other_seed = dummy(&file, DType::Q4_1, 4).unwrap();
     assert_eq!((by_folder.fingerprint, &by_folder.name), (by_file.fingerprint, &by_file.name));
     assert_eq!(by_file.name, folder.path().file_name().unwrap().to_string_lossy());
     assert_ne!(by_file.fingerprint, other_seed.fingerprint);

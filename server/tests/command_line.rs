@@ -29,6 +29,13 @@ fn refusal(arguments: &[&str]) -> String {
     line
 }
 
+/// The lines of a refusal by `check`, which says what it can besides.
+fn refusal_of(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    assert_eq!(output.status.code(), Some(2));
+    String::from_utf8(output.stderr).unwrap()
+}
+
 /// A folder with a `config.json` from which random weights can be made; slow enough that a long answer takes a while.
 fn model() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -129,6 +136,107 @@ fn refusals_are_one_line_and_exit_code_2() {
     assert!(refusal(&["serve"]).contains("make model"));
     assert!(refusal(&["serve", "/nowhere.gguf"]).contains("/nowhere.gguf"));
     assert!(refusal(&["run", "/nowhere.gguf", "hi"]).contains("/nowhere.gguf"));
+}
+
+/// The same with a tokenizer of single bytes, written as their Unicode stand-ins.
+fn model_with_tokenizer() -> tempfile::TempDir {
+    let folder = model();
+    let stand_in = |byte: u8| match byte {
+        b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
+        0..=b' ' => char::from_u32(0x100 + u32::from(byte)).unwrap(),
+        0x7f..=0xa0 => char::from_u32(0x121 + u32::from(byte) - 0x7f).unwrap(),
+        0xad => '\u{143}',
+    };
+    let vocabulary: serde_json::Map<String, serde_json::Value> = (0..=255u8)
+        .map(|byte| (stand_in(byte).to_string(), serde_json::json!(u32::from(byte) + 3)))
+        .collect();
+    let bytes = serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocabulary, "merges": [] },
+    });
+    fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    folder
+}
+
+#[test]
+fn bench_scores_a_text() {
+    let model = model_with_tokenizer();
+    let text = model.path().join("text.txt");
+    fs::write(&text, "The quick brown fox jumps over the lazy dog, and over it again. ".repeat(10)).unwrap();
+    let (path, text) = (model.path().to_str().unwrap(), text.to_str().unwrap());
+    let dummy = ["bench", path, "--load-format", "dummy", "--kv-cache-memory-bytes", "64MiB"];
+    let score = |arguments: &[&str]| {
+        let arguments = [&dummy[..], &["--perplexity", text, "--format", "json"], arguments].concat();
+        let output = run(&arguments);
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let report = score(&["--quantization", "q4_0", "--context", "50"]);
+    // A token for each of 640 bytes.
+    assert_eq!((&report["weights"], &report["context"]), (&"Q4_0".into(), &50.into()));
+    assert_eq!(
+        (&report["windows"], &report["tokens"], &report["scored_tokens"]),
+        (&12.into(), &600.into(), &288.into())
+    );
+    // Random weights know nothing: about as good as an even choice among 1,024 tokens.
+    let perplexity = report["perplexity"].as_f64().unwrap();
+    assert!((500.0..4000.0).contains(&perplexity), "{perplexity}");
+    assert!(report["standard_error"].as_f64().unwrap() > 0.0);
+    // The same for any batch of windows; another for other weights.
+    let chunked = score(&[
+        "--quantization",
+        "q4_0",
+        "--context",
+        "50",
+        "--max-num-batched-tokens",
+        "16",
+        "--max-num-seqs",
+        "1",
+    ]);
+    assert_eq!(chunked["perplexity"], report["perplexity"]);
+    assert_ne!(score(&["--quantization", "q8_0", "--context", "50"])["perplexity"], report["perplexity"]);
+
+    let scored = |arguments: &[&str]| refusal(&[&dummy[..], arguments].concat());
+    let line = scored(&["--perplexity", text]);
+    assert!(line.contains("--perplexity: the text has 640 tokens, two windows of 512 need 1024"), "{line}");
+    let line = scored(&["--perplexity", text, "--context", "40000"]);
+    assert!(line.contains("--context: 40000 tokens are more than the model's context, 32768"), "{line}");
+    assert!(scored(&["--perplexity", "/nowhere.txt"]).contains("--perplexity: /nowhere.txt cannot be read"));
+    let (nothing, empty) = (self::model(), model.path().join("empty.txt"));
+    fs::write(&empty, "\n").unwrap();
+    assert!(scored(&["--perplexity", empty.to_str().unwrap()]).contains("empty.txt is empty"));
+    let without = ["bench", nothing.path().to_str().unwrap(), "--load-format", "dummy", "--perplexity", text];
+    assert!(refusal(&without).contains("--perplexity: the model has no tokenizer"));
+}
+
+#[test]
+fn weights_that_cannot_be_rounded_are_refused_with_the_flag() {
+    let model = model();
+    let path = model.path().to_str().unwrap();
+    let check = [
+        "check",
+        path,
+        "--load-format",
+        "dummy",
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--host",
+        "127.0.0.1",
+    ];
+    let output = run(&[&check[..], &["--quantization", "q4_1"]].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains("weights    Q4_1"), "{text}");
+    let line = refusal_of(&[&check[..], &["--quantization", "q4_1", "--dummy-weights", "q8_0"]].concat());
+    assert!(
+        line.contains("--quantization: ")
+            && line.contains("tensor model.embed_tokens.weight: is Q8_0 already"),
+        "{line}"
+    );
 }
 
 #[test]

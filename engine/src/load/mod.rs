@@ -9,10 +9,12 @@ mod plan;
 
 use std::path::PathBuf;
 
-use tandem_kernels::cpu::{Cpu, CpuOptions};
+use tandem_kernels::cpu::{Cpu, CpuOptions, default_threads};
 use tandem_kernels::limits::{self, Limits};
 use tandem_kernels::{Activations, DType, Isa, KernelError, KvDType};
-use tandem_models::{GenerationConfig, Llama, LlamaOptions, ModelError, ModelFiles, TokenizerFiles};
+use tandem_models::{
+    DummyOptions, GenerationConfig, Llama, LlamaOptions, ModelError, ModelFiles, TokenizerFiles,
+};
 use thiserror::Error;
 
 pub use machine::{MachineInfo, machine_info};
@@ -50,8 +52,10 @@ pub enum ModelDType {
 pub struct ModelOptions {
     pub path: PathBuf,
     pub load_format: LoadFormat,
-    /// Type of dummy weights; BF16 if absent.
+    /// Type of dummy weights; that of `quantization`, else BF16, if absent.
     pub dummy_weights: Option<DType>,
+    /// Block format that matrices in BF16, F16 or F32 are rounded to while they are loaded.
+    pub quantization: Option<DType>,
     pub dtype: ModelDType,
     /// Overrides the arithmetic class that `dtype` implies.
     pub activations: Option<Activations>,
@@ -178,14 +182,7 @@ pub struct Loaded {
 /// # Errors
 /// The first reason to refuse the model, naming file, field and value.
 pub fn inspect(options: &ModelOptions) -> Result<Inspected, LoadError> {
-    let files = match options.load_format {
-        LoadFormat::Auto => tandem_models::open(&options.path)?,
-        LoadFormat::Dummy => tandem_models::open_dummy(
-            &options.path,
-            options.dummy_weights.unwrap_or(DType::Bf16),
-            options.seed,
-        )?,
-    };
+    let files = open(options)?;
     let config = &files.config;
     let info = ModelInfo {
         name: files.name.clone(),
@@ -205,6 +202,25 @@ pub fn inspect(options: &ModelOptions) -> Result<Inspected, LoadError> {
         fingerprint: files.fingerprint,
     };
     Ok(Inspected { options: options.clone(), files, info })
+}
+
+/// The model's files, with weights as they are to be loaded.
+fn open(options: &ModelOptions) -> Result<ModelFiles, LoadError> {
+    let threads = options.threads.unwrap_or_else(default_threads);
+    let files = match options.load_format {
+        LoadFormat::Auto => tandem_models::open(&options.path)?,
+        LoadFormat::Dummy => {
+            let dtype = options.dummy_weights.or(options.quantization).unwrap_or(DType::Bf16);
+            let dummy = DummyOptions { dtype, seed: options.seed, threads };
+            tandem_models::open_dummy(&options.path, dummy)?
+        }
+    };
+    let refuse = |reason: String| LoadError::Option { option: "quantization", reason };
+    match options.quantization {
+        None => Ok(files),
+        Some(dtype) if !dtype.is_quantized() => Err(refuse(format!("{dtype} is no block format"))),
+        Some(dtype) => files.quantized(dtype, threads).map_err(|error| refuse(error.to_string())),
+    }
 }
 
 /// Measures what the machine can do at most, with the backend's own instructions and threads.

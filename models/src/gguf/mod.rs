@@ -14,7 +14,7 @@ mod names;
 mod reader;
 mod tensors;
 #[cfg(test)]
-mod test_file;
+pub(crate) mod test_file;
 mod tokenizer;
 mod value;
 

@@ -12,7 +12,7 @@ use tandem_engine::{
 
 use super::Exit;
 use crate::config::{
-    Activations, CommonConfig, ConfigError, Dtype, Isa, KvCacheDtype, LoadFormat, WeightType,
+    Activations, CommonConfig, ConfigError, Dtype, Isa, KvCacheDtype, LoadFormat, Quantization, WeightType,
 };
 use crate::text::{ChatTemplate, TextError, Tokenizer};
 
@@ -120,6 +120,11 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
             LoadFormat::Dummy => tandem_engine::LoadFormat::Dummy,
         },
         dummy_weights: dummy_weights(config),
+        quantization: config.quantization.map(|quantization| match quantization {
+            Quantization::Q8_0 => DType::Q8_0,
+            Quantization::Q4_0 => DType::Q4_0,
+            Quantization::Q4_1 => DType::Q4_1,
+        }),
         dtype: match config.dtype {
             Dtype::F32 => ModelDType::F32,
             Dtype::Bf16 => ModelDType::Bf16,
@@ -178,6 +183,8 @@ fn dummy_weights(config: &CommonConfig) -> Option<DType> {
         Some(WeightType::Q8_0) => DType::Q8_0,
         Some(WeightType::Q4_0) => DType::Q4_0,
         Some(WeightType::Q4_1) => DType::Q4_1,
+        // Random weights of that type are as good as rounded ones, and quicker made.
+        None if config.quantization.is_some() => return None,
         None if config.dtype == Dtype::F32 => DType::F32,
         None => DType::Bf16,
     })

@@ -36,6 +36,8 @@ const FLAGS_WITH_URL: [&str; 16] = [
 const FLAGS_OF_URL: [&str; 4] = ["api-key", "endpoint", "served-model-name", "timeout"];
 /// The most requests at once.
 const MAX_CONCURRENCY: u64 = 4096;
+/// Tokens of a window that perplexity is measured over: llama.cpp's default too.
+const DEFAULT_PERPLEXITY_CONTEXT: u64 = 512;
 
 /// `tandem bench`.
 #[derive(Debug, Clone)]
@@ -72,8 +74,19 @@ pub struct BenchLoad {
 pub enum BenchTarget {
     /// An engine in this process, without HTTP; the prefix cache is off.
     Engine(Box<CommonConfig>),
+    /// The same, which scores a text instead of being timed.
+    Perplexity(Box<CommonConfig>, PerplexityConfig),
     /// A server.
     Server(ServerTarget),
+}
+
+/// `tandem bench --perplexity`.
+#[derive(Debug, Clone)]
+pub struct PerplexityConfig {
+    /// UTF-8 text.
+    pub file: PathBuf,
+    /// Tokens of a window.
+    pub context: usize,
 }
 
 /// A server that speaks OpenAI's API.
@@ -189,9 +202,20 @@ pub(super) fn bench(flags: BenchFlags, origins: &Origins) -> Result<BenchConfig,
     };
     let (format, plot) = (flags.format, flags.plot.clone());
     let (log_format, log_level) = (flags.log.log_format, flags.log.log_level.clone());
-    let target = match flags.url.clone() {
-        Some(url) => BenchTarget::Server(server(flags, &url, origins)?),
-        None => BenchTarget::Engine(Box::new(engine(flags, origins)?)),
+    if flags.context.is_some() && flags.perplexity.is_none() {
+        return Err(refuse(origins, "context", "needs --perplexity"));
+    }
+    if flags.plot.is_some() && flags.perplexity.is_some() {
+        return Err(refuse(origins, "plot", "shows speeds: leave it out beside --perplexity"));
+    }
+    let context = flags.context.unwrap_or(DEFAULT_PERPLEXITY_CONTEXT) as usize;
+    let target = match (flags.url.clone(), flags.perplexity.clone()) {
+        (Some(url), _) => BenchTarget::Server(server(flags, &url, origins)?),
+        (None, Some(file)) => {
+            let text = PerplexityConfig { file, context };
+            BenchTarget::Perplexity(Box::new(engine(flags, origins)?), text)
+        }
+        (None, None) => BenchTarget::Engine(Box::new(engine(flags, origins)?)),
     };
     Ok(BenchConfig { load, format, plot, target, log_format, log_level })
 }

@@ -10,7 +10,9 @@ use super::flags::{
 };
 use super::layers::Origins;
 use super::secret::ApiKey;
-use super::values::{Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType};
+use super::values::{
+    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
+};
 
 /// Tokens per KV block.
 const BLOCK_SIZE: u32 = 16;
@@ -28,6 +30,8 @@ pub struct CommonConfig {
     pub load_format: LoadFormat,
     /// Type of random weights.
     pub dummy_weights: Option<WeightType>,
+    /// Type that unquantised weights are rounded to at load.
+    pub quantization: Option<Quantization>,
     /// Type of unquantised weights.
     pub dtype: Dtype,
     /// Type that quantised weights are multiplied with.
@@ -227,6 +231,7 @@ pub(super) fn common(
         model,
         load_format: options.load_format,
         dummy_weights: options.dummy_weights,
+        quantization: options.quantization,
         dtype: options.dtype,
         activations: compute.activations,
         kv_cache_dtype: memory.kv_cache_dtype,

@@ -13,7 +13,7 @@ use clap::{Arg, ArgAction, Args, CommandFactory, Parser, Subcommand};
 use super::bench::{Endpoint, OutputFormat};
 use super::layers;
 use super::values::{
-    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType, byte_size,
+    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType, byte_size,
 };
 
 const MODEL: &str = "Model";
@@ -105,9 +105,13 @@ pub(super) struct ModelOptions {
     /// Where weights come from; dummy makes random ones of the shapes that config.json gives
     #[arg(long, value_name = "FORMAT", default_value = "auto", hide_possible_values = false, help_heading = MODEL)]
     pub(super) load_format: LoadFormat,
-    /// Type of random weights [default: as --dtype, else bf16]
+    /// Type of random weights [default: as --quantization or --dtype, else bf16]
     #[arg(long, value_name = "TYPE", ignore_case = true, help_heading = MODEL)]
     pub(super) dummy_weights: Option<WeightType>,
+    /// Round weights in BF16, F16 or F32 (linear layers, embedding, LM head) to this type while loading [default: leave
+    /// them as they are]
+    #[arg(long, value_name = "TYPE", ignore_case = true, help_heading = MODEL)]
+    pub(super) quantization: Option<Quantization>,
     /// Type of unquantised weights; f32 means weights, activations and KV
     #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = MODEL)]
     pub(super) dtype: Dtype,
@@ -286,6 +290,12 @@ pub(super) struct BenchFlags {
     /// Requests of each measurement [default: twice the concurrency, at least 3; with --url four times, at least 8]
     #[arg(long, visible_alias = "requests", value_name = "N", value_parser = count(), help_heading = BENCH)]
     pub(super) num_requests: Option<u64>,
+    /// Instead of speed, measure how well the model predicts the text of this file
+    #[arg(long, value_name = "FILE", help_heading = BENCH)]
+    pub(super) perplexity: Option<PathBuf>,
+    /// Tokens of the windows that --perplexity cuts the text into [default: 512]
+    #[arg(long, value_name = "TOKENS", value_parser = whole(4, u64::from(u32::MAX)), help_heading = BENCH)]
+    pub(super) context: Option<u64>,
     /// Form of the result on standard output
     #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = BENCH)]
     pub(super) format: OutputFormat,

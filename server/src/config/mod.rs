@@ -13,12 +13,16 @@ mod layers;
 mod secret;
 mod values;
 
-pub use bench::{BaseUrl, BenchConfig, BenchLoad, BenchTarget, Endpoint, OutputFormat, ServerTarget};
+pub use bench::{
+    BaseUrl, BenchConfig, BenchLoad, BenchTarget, Endpoint, OutputFormat, PerplexityConfig, ServerTarget,
+};
 pub use check::{CommonConfig, RunConfig, ServeConfig};
 pub use error::{ConfigError, Origin};
 pub use layers::{Environment, Origins, environment_of_process};
 pub use secret::ApiKey;
-pub use values::{Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, WeightType};
+pub use values::{
+    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
+};
 
 use clap::FromArgMatches;
 use std::ffi::OsString;

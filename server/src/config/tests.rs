@@ -276,6 +276,42 @@ fn bench_refuses_flags_that_would_do_nothing() {
 }
 
 #[test]
+fn bench_scores_a_text_instead_when_there_is_one() {
+    let bench = |arguments: &[&str], variables: &[(&str, &str)]| match parse_with(
+        &[&["bench", "m.gguf"], arguments].concat(),
+        variables,
+    ) {
+        Ok(Parsed { command: Command::Bench(config), .. }) => Ok(match config.target {
+            BenchTarget::Perplexity(_, wanted) => Some((wanted.file, wanted.context)),
+            _ => None,
+        }),
+        Err(Stop::Refused(error)) => Err(error.to_string()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(bench(&[], &[]), Ok(None));
+    assert_eq!(bench(&["--perplexity", "t.txt"], &[]), Ok(Some(("t.txt".into(), 512))));
+    let found = bench(&["--perplexity", "t.txt"], &[("TANDEM_CONTEXT", "64")]);
+    assert_eq!(found, Ok(Some(("t.txt".into(), 64))));
+    assert_eq!(bench(&["--context", "64"], &[]), Err("--context: needs --perplexity".to_owned()));
+    assert!(
+        bench(&["--perplexity", "t.txt", "--context", "3"], &[]).unwrap_err().contains("3 is not in 4..=")
+    );
+}
+
+#[test]
+fn quantization_is_a_flag_a_variable_and_a_key() {
+    assert_eq!(serve(&[], &[]).common.quantization, None);
+    assert_eq!(serve(&["--quantization", "Q4_0"], &[]).common.quantization, Some(Quantization::Q4_0));
+    let variable = [("TANDEM_QUANTIZATION", "q8_0")];
+    assert_eq!(serve(&[], &variable).common.quantization, Some(Quantization::Q8_0));
+    let file = file("quantization: q4_1\n");
+    let config = serve(&["--config", file.path().to_str().unwrap()], &[]);
+    assert_eq!(config.common.quantization, Some(Quantization::Q4_1));
+    let message = refusal(&["--quantization", "awq"], &[]);
+    assert!(message.starts_with("--quantization: ") && message.contains("q4_0"), "{message}");
+}
+
+#[test]
 fn help_names_every_variable() {
     for name in ["serve", "run", "bench", "check"] {
         let Err(Stop::Shown(help)) = parse_with(&[name, "--help"], &[]) else { panic!() };

@@ -110,6 +110,20 @@ pub enum WeightType {
     Q4_1,
 }
 
+/// `--quantization`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quantization {
+    /// 8 bits, one scale for each 32.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4 bits, one scale for each 32.
+    #[value(name = "q4_0")]
+    Q4_0,
+    /// 4 bits, one scale and minimum for each 32.
+    #[value(name = "q4_1")]
+    Q4_1,
+}
+
 /// `--log-format`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {

@@ -29,4 +29,4 @@ pub use error::TextError;
 pub use stop::{MAX_STOP_BYTES, MAX_STOPS, StopMatcher, StopStep};
 pub use tandem_engine::{GgufTokenizer, HuggingFaceTokenizer};
 pub use template::{ChatInput, ChatTemplate, RenderedChat};
-pub use tokenizer::{SpecialTokens, Tokenizer};
+pub use tokenizer::{MAX_TEXT_BYTES, SpecialTokens, Tokenizer};

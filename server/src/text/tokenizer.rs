@@ -17,7 +17,7 @@ use super::error::TextError;
 use super::template::RenderedChat;
 
 /// The most bytes of text that are tokenized at once: what a chat template may write.
-const MAX_TEXT_BYTES: usize = 4 << 20;
+pub const MAX_TEXT_BYTES: usize = 4 << 20;
 
 /// How special tokens that are spelled out in a text are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +103,11 @@ impl Tokenizer {
             return Ok(ids);
         }
         Ok([self.parts.prefix.as_slice(), &ids, &self.parts.suffix].concat())
+    }
+
+    /// What the model wants in front of a plain prompt: its BOS, or nothing.
+    pub fn prefix(&self) -> &[u32] {
+        &self.parts.prefix
     }
 
     /// Token ids of a rendered chat: the template's special tokens are parsed, those in the messages are text. Adds

@@ -5,6 +5,7 @@ mod chart;
 mod client;
 mod local;
 mod local_report;
+mod perplexity;
 mod plots;
 mod prompts;
 mod remote;
@@ -42,6 +43,10 @@ pub(super) fn bench(config: BenchConfig) -> Result<(), Exit> {
                 plot: plots::of_server(&report),
                 check: report.check(),
             }
+        }
+        BenchTarget::Perplexity(common, text) => {
+            let report = perplexity::perplexity(*common, &text)?;
+            Printed { json: report.json(), text: report.text(), plot: String::new(), check: Ok(()) }
         }
     };
     terminal::print(match format {
