@@ -215,7 +215,7 @@ fn small(cpu: &Cpu) {
     let mut rows = Buffer::zeroed(t * e);
     report("embed 512 tokens", best(|| cpu.embed(&table, &ids, &mut rows)));
 
-    rows(cpu);
+    row_operations(cpu);
 
     let start = Instant::now();
     let bytes = vec![0x11u8; 49_152 * 360];
@@ -228,7 +228,7 @@ fn small(cpu: &Cpu) {
 }
 
 /// Row operations on logits that are spread as a language model's are, and on flat ones.
-fn rows(cpu: &Cpu) {
+fn row_operations(cpu: &Cpu) {
     let report = |name: &str, time: Duration| println!("  {name:<44} {:9.2} us", time.as_secs_f64() * 1e6);
     let ops = RowOps::from(cpu);
     for (kind, spread) in [("peaked", 3.0), ("flat", 0.5)] {
