@@ -227,9 +227,11 @@ impl Attention {
     }
 }
 
-const ATTENTION_CLASSES: [(KvDType, AttentionPrecision); 3] = [
+const ATTENTION_CLASSES: [(KvDType, AttentionPrecision); 5] = [
     (KvDType::Bf16, AttentionPrecision::Rounded),
     (KvDType::Bf16, AttentionPrecision::Split),
+    (KvDType::Int8, AttentionPrecision::Rounded),
+    (KvDType::Int8, AttentionPrecision::Split),
     (KvDType::F32, AttentionPrecision::Split),
 ];
 

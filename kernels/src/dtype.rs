@@ -226,10 +226,12 @@ named_enum!(
 
 named_enum!(
     /// How keys and values are stored.
-    KvDType, "KV cache dtype", "f32, f16, bf16", {
+    KvDType, "KV cache dtype", "f32, f16, bf16, int8", {
         F32 = "f32",
         F16 = "f16",
         Bf16 = "bf16",
+        /// One f32 scale per token and KV head, for keys and for values.
+        Int8 = "int8",
     }
 );
 
@@ -239,18 +241,19 @@ impl KvDType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::Int8 => 1,
         }
     }
 }
 
-/// How queries and softmax weights are rounded beside a cache of 16 bits or less; part of the numeric class. Beside f32 and
-/// f16 caches both are f32.
+/// How queries and softmax weights are rounded beside bf16 and int8 caches; part of the numeric class. Beside f32 and f16
+/// caches both are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AttentionPrecision {
-    /// To one bf16 number.
+    /// To one bf16 number; beside int8, queries to one byte and weights to 15 bits.
     Rounded,
-    /// To the sum of two, 16 bits of mantissa: what the cache's own rounding costs is all that is lost, for twice the dot
-    /// products.
+    /// To the sum of two bf16 numbers, 16 bits of mantissa, or to 15-bit integers: what the cache's own rounding costs is
+    /// all that is lost, for up to twice the dot products.
     Split,
 }
 

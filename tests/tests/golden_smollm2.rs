@@ -1,7 +1,7 @@
 //! The real model against transformers in f32: log-probabilities of prompts, and the best token at every step of the
 //! reference's greedy continuations. The tolerances are what each arithmetic class is known to cost.
 
-use tandem_engine::{Activations, ModelDType, ModelOptions, SamplingParams};
+use tandem_engine::{Activations, KvDType, ModelDType, ModelOptions, SamplingParams};
 use tandem_tests::engine::{answer, greedy, model, request, small, start};
 use tandem_tests::{default_model, golden};
 
@@ -95,6 +95,20 @@ fn bf16_activations_are_close() {
 fn int8_activations_are_the_default_and_close_enough() {
     let bound = Bound { name: "int8", mean: 0.07, max: 0.7, decided_margin: 0.5 };
     check(&options(ModelDType::Auto, None), &bound);
+}
+
+#[test]
+fn an_int8_cache_alone_is_close() {
+    let bound = Bound { name: "f32 with int8 KV", mean: 0.05, max: 0.5, decided_margin: 0.5 };
+    let options = ModelOptions { kv_cache_dtype: Some(KvDType::Int8), ..options(ModelDType::F32, None) };
+    check(&options, &bound);
+}
+
+#[test]
+fn an_int8_cache_beside_int8_activations_is_close_enough() {
+    let bound = Bound { name: "int8 with int8 KV", mean: 0.09, max: 0.9, decided_margin: 0.7 };
+    let options = ModelOptions { kv_cache_dtype: Some(KvDType::Int8), ..options(ModelDType::Auto, None) };
+    check(&options, &bound);
 }
 
 #[test]

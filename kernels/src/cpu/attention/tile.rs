@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::SPAN;
 use super::chunk::{Buffers, Chunk, MAX_ROWS, chunk_rows};
-use super::operand::{Floats, Halves, Operand, Pairs, Source, row_bytes};
+use super::operand::{Bytes, Floats, Halves, Operand, Pairs, Source, row_bytes};
 use crate::cpu::kv_cache::{BLOCK_SIZE, KvLayer, MAX_HEAD_DIM};
 use crate::cpu::math::{exp2, exp2_polynomial};
 use crate::cpu::simd::{Kernel, Simd};
@@ -97,6 +97,8 @@ impl Kernel for TileKernel<'_> {
         match (self.tile.kv.layout.dtype(), self.tile.precision) {
             (KvDType::Bf16, AttentionPrecision::Rounded) => self.compute::<S, RoundedPairs>(s),
             (KvDType::Bf16, AttentionPrecision::Split) => self.compute::<S, SplitPairs>(s),
+            (KvDType::Int8, AttentionPrecision::Rounded) => self.compute::<S, RoundedBytes>(s),
+            (KvDType::Int8, AttentionPrecision::Split) => self.compute::<S, SplitBytes>(s),
             (KvDType::F32, _) => self.compute::<S, Single>(s),
             (KvDType::F16, _) => self.compute::<S, Half>(s),
         }
@@ -114,22 +116,25 @@ pub(super) trait Numbers {
 }
 
 macro_rules! numbers {
-    ($($name:ident: $operand:ty, $short:literal;)+) => {
+    ($($name:ident: $query:ty, $weight:ty, $short:literal;)+) => {
         $(struct $name;
 
         impl Numbers for $name {
-            type Query = $operand;
-            type Weight = $operand;
+            type Query = $query;
+            type Weight = $weight;
             const SHORT_EXP2: bool = $short;
         })+
     };
 }
 
 numbers! {
-    RoundedPairs: Pairs<1>, true;
-    SplitPairs: Pairs<2>, false;
-    Single: Floats, false;
-    Half: Halves, false;
+    RoundedPairs: Pairs<1>, Pairs<1>, true;
+    SplitPairs: Pairs<2>, Pairs<2>, false;
+    // Seven bits below the largest weight would lose the many small ones.
+    RoundedBytes: Bytes<1>, Bytes<2>, false;
+    SplitBytes: Bytes<2>, Bytes<2>, false;
+    Single: Floats, Floats, false;
+    Half: Halves, Halves, false;
 }
 
 /// A query head.
