@@ -36,7 +36,7 @@ impl Llama {
         let lm_head = loader.linear(&[head], loader.precise())?;
         let last = config.num_layers - 1;
         let layer = |index| {
-            let spec = if index == last { loader.precise() } else { plain };
+            let spec = if index == 0 || index == last { loader.precise() } else { plain };
             loader.layer(index, spec, segments)
         };
         let layers = (0..config.num_layers).map(layer).collect::<Result<_, _>>()?;
@@ -95,8 +95,9 @@ impl Loader<'_> {
         LinearSpec { activations: self.activations, segments: SegmentPlan::whole(), layout: Layout::Plain }
     }
 
-    /// For the last layer and the LM head: no later layer averages their rounding out, so that int8 there would be half of
-    /// all that int8 costs (measured on SmolLM2 Q4_1: docs/performance.md). Prefill hardly runs them.
+    /// For the first layer, the last one and the LM head: what the first gets wrong all others build on, and what the last
+    /// gets wrong none averages out. Int8 there would be a third of all that int8 costs (measured on SmolLM2 Q4_1:
+    /// docs/performance.md).
     fn precise(&self) -> LinearSpec {
         let activations = match self.activations {
             Activations::Int8 => Activations::Int16,

@@ -22,7 +22,7 @@ use crate::config::ModelConfig;
 #[derive(Debug, Clone, Copy)]
 pub struct LlamaOptions {
     /// Arithmetic class of the linear layers. What a layer's weights cannot do falls back to a more exact class, and with
-    /// int8 the last layer and the LM head take int16.
+    /// int8 the first layer, the last one and the LM head take int16.
     pub activations: Activations,
     /// `T`: most tokens of one step.
     pub max_tokens: usize,
@@ -116,7 +116,7 @@ impl Llama {
 
     /// Arithmetic class of most of the model's linear layers, by weight.
     pub fn activations(&self) -> Activations {
-        self.layers[0].gate_up.activations()
+        self.layers[self.layers.len() / 2].gate_up.activations()
     }
 
     /// Computes one step and returns the logits, `[R, V]`, of `batch.logits_rows`.
