@@ -226,10 +226,12 @@ named_enum!(
 
 named_enum!(
     /// How keys and values are stored.
-    KvDType, "KV cache dtype", "f32, f16, bf16", {
+    KvDType, "KV cache dtype", "f32, f16, bf16, int8", {
         F32 = "f32",
         F16 = "f16",
         Bf16 = "bf16",
+        /// One f32 scale per token and KV head, for keys and for values.
+        Int8 = "int8",
     }
 );
 
@@ -239,12 +241,13 @@ impl KvDType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::Int8 => 1,
         }
     }
 }
 
-/// How queries and softmax weights are rounded beside a cache of 16 bits or less; part of the numeric class. Beside f32 and
-/// f16 caches both are f32.
+/// How queries and softmax weights are rounded beside a bf16 cache; part of the numeric class. Beside f32 and f16 caches both
+/// are f32, beside int8 15-bit integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AttentionPrecision {
     /// To one bf16 number.

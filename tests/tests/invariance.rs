@@ -6,7 +6,8 @@
 use std::path::PathBuf;
 
 use tandem_engine::{
-    Activations, DType, EngineHandle, EngineOptions, LoadFormat, ModelOptions, Request, SamplingParams,
+    Activations, DType, EngineHandle, EngineOptions, KvDType, LoadFormat, ModelOptions, Request,
+    SamplingParams,
 };
 use tandem_tests::engine::{Answer, answer, collect, greedy, model, request, small, start};
 use tandem_tests::{default_model, instruction_sets};
@@ -15,16 +16,18 @@ use tandem_tests::{default_model, instruction_sets};
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Subject {
     Real,
-    Dummy(DType, Option<Activations>),
+    Dummy(DType, Option<Activations>, Option<KvDType>),
 }
 
-const DUMMIES: [Subject; 6] = [
-    Subject::Dummy(DType::Q4_1, None),
-    Subject::Dummy(DType::Q4_0, None),
-    Subject::Dummy(DType::Q8_0, None),
-    Subject::Dummy(DType::Q4_1, Some(Activations::Bf16)),
-    Subject::Dummy(DType::Bf16, None),
-    Subject::Dummy(DType::F32, None),
+const DUMMIES: [Subject; 8] = [
+    Subject::Dummy(DType::Q4_1, None, None),
+    Subject::Dummy(DType::Q4_0, None, None),
+    Subject::Dummy(DType::Q8_0, None, None),
+    Subject::Dummy(DType::Q4_1, Some(Activations::Bf16), None),
+    Subject::Dummy(DType::Bf16, None, None),
+    Subject::Dummy(DType::F32, None, None),
+    Subject::Dummy(DType::Q4_1, None, Some(KvDType::Int8)),
+    Subject::Dummy(DType::Bf16, None, Some(KvDType::Int8)),
 ];
 
 const NUM_REQUESTS: usize = 32;
@@ -33,10 +36,11 @@ impl Subject {
     fn options(self) -> ModelOptions {
         match self {
             Self::Real => model(default_model()),
-            Self::Dummy(weights, activations) => ModelOptions {
+            Self::Dummy(weights, activations, kv_cache_dtype) => ModelOptions {
                 load_format: LoadFormat::Dummy,
                 dummy_weights: Some(weights),
                 activations,
+                kv_cache_dtype,
                 seed: 11,
                 ..model(dummy_config())
             },

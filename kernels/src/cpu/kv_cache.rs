@@ -7,6 +7,10 @@
 //! |---|---|---|
 //! | bf16 | `[Dp/2][16][2]` | `[8][Dp][2]` (pairs of slots) |
 //! | f32, f16 | `[Dp][16]` | `[16][Dp]` |
+//! | int8 | `[Dp/4][16][4]` | `[4][Dp][4]` (four slots), then f32 scales of the 16 keys and of the 16 values |
+//!
+//! An int8 byte b with scale s is the value (b − 128) · s, where s = amax/127 of the token's head. A NaN or infinity in a
+//! token's key or value makes that scale NaN, so that what looks at the token fails.
 //!
 //! Units lie `[layer][KV head][block]`, so one head of one layer walks forward through memory when its blocks do. Memory is
 //! committed by the system when a block is first written. What leaves the process is converted by
@@ -70,9 +74,9 @@ impl KvCache {
         &self.config
     }
 
-    /// Bytes of an exported unit: `[K|V][16][D]` in the cache's dtype.
+    /// Bytes of an exported unit: `[K|V][16][D]` in the cache's dtype, for int8 with the scales `[K|V][16]` in f32 behind.
     pub const fn unit_bytes(&self) -> usize {
-        2 * BLOCK_SIZE * self.config.head_dim * self.config.dtype.bytes()
+        self.layout.exported_scales_at() + self.layout.scales_bytes()
     }
 
     /// Copies a block in all layers and heads.
@@ -99,14 +103,15 @@ impl KvCache {
             for head in 0..self.config.num_kv_heads {
                 for &block in blocks {
                     let at = self.unit_at(layer, head, block);
-                    // All ones is a NaN in every dtype.
+                    // All ones is a NaN in every dtype; int8 has it in its scales.
                     self.data[at..at + bytes].fill(0xff);
                 }
             }
         }
     }
 
-    /// Writes the first `filled` slots of a unit to `out` as `[K|V][slot][D]` little endian, zeros for the other slots.
+    /// Writes the first `filled` slots of a unit to `out` as `[K|V][slot][D]` little endian, zeros for the other slots; int8
+    /// with 128 added, and scales `[K|V][slot]` behind.
     ///
     /// # Panics
     /// If an index is outside the cache, `filled` beyond 16 or `out` not exactly `unit_bytes`.
@@ -179,10 +184,17 @@ impl KvCache {
                 KvDType::F32 => f32::from_le_bytes(bytes[..4].try_into().unwrap()),
                 KvDType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
                 KvDType::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+                KvDType::Int8 => f32::from(bytes[0]) - 128.0,
             }
         };
         let slot = slot % BLOCK_SIZE;
-        (value(self.layout.key_at(slot, d)), value(self.layout.value_at(slot, d)))
+        let (key, value_of) = (value(self.layout.key_at(slot, d)), value(self.layout.value_at(slot, d)));
+        if self.config.dtype != KvDType::Int8 {
+            return (key, value_of);
+        }
+        let scale = |at: usize| f32::from_le_bytes(self.data[unit + at..][..4].try_into().unwrap());
+        let scales = self.layout.scales_at() + slot * 4;
+        (key * scale(scales), value_of * scale(scales + BLOCK_SIZE * 4))
     }
 }
 
@@ -221,6 +233,11 @@ fn for_each_value(
             visit(layout.key_at(slot, d), exported, bytes);
             visit(layout.value_at(slot, d), BLOCK_SIZE * head_dim * bytes + exported, bytes);
         }
+        if layout.scales_bytes() > 0 {
+            for at in [slot * 4, (BLOCK_SIZE + slot) * 4] {
+                visit(layout.scales_at() + at, layout.exported_scales_at() + at, 4);
+            }
+        }
     }
 }
 
@@ -247,7 +264,23 @@ impl UnitLayout {
     }
 
     pub(crate) const fn unit_bytes(self) -> usize {
+        self.scales_at() + self.scales_bytes()
+    }
+
+    /// Where the 16 scales of the keys start; those of the values follow.
+    pub(crate) const fn scales_at(self) -> usize {
         2 * self.keys_bytes()
+    }
+
+    const fn scales_bytes(self) -> usize {
+        match self.dtype {
+            KvDType::Int8 => 2 * BLOCK_SIZE * size_of::<f32>(),
+            KvDType::F32 | KvDType::F16 | KvDType::Bf16 => 0,
+        }
+    }
+
+    const fn exported_scales_at(self) -> usize {
+        2 * BLOCK_SIZE * self.head_dim * self.dtype.bytes()
     }
 
     /// Bytes of the keys, after which the values start.
@@ -258,6 +291,7 @@ impl UnitLayout {
     const fn key_at(self, slot: usize, d: usize) -> usize {
         let index = match self.dtype {
             KvDType::Bf16 => d / 2 * 32 + slot * 2 + d % 2,
+            KvDType::Int8 => d / 4 * 64 + slot * 4 + d % 4,
             KvDType::F32 | KvDType::F16 => d * 16 + slot,
         };
         index * self.dtype.bytes()
@@ -266,6 +300,7 @@ impl UnitLayout {
     const fn value_at(self, slot: usize, d: usize) -> usize {
         let index = match self.dtype {
             KvDType::Bf16 => slot / 2 * 2 * self.padded + d * 2 + slot % 2,
+            KvDType::Int8 => slot / 4 * 4 * self.padded + d * 4 + slot % 4,
             KvDType::F32 | KvDType::F16 => slot * self.padded + d,
         };
         self.keys_bytes() + index * self.dtype.bytes()
@@ -306,6 +341,36 @@ impl UnitLayout {
                 }
             }
             KvDType::Bf16 => self.store_bf16(s, unit, slot, key, value),
+            KvDType::Int8 => self.store_int8(s, unit, slot, key, value),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_int8<S: Simd>(
+        self,
+        s: S,
+        unit: *mut u8,
+        slot: usize,
+        key: *const f32,
+        value: *const f32,
+    ) {
+        let scales = unit.add(self.scales_at()).cast::<f32>().add(slot);
+        let key_range = ByteRange::of(s, key, self.head_dim);
+        let value_range = ByteRange::of(s, value, self.head_dim);
+        scales.write(key_range.scale);
+        scales.add(BLOCK_SIZE).write(value_range.scale);
+        let (first_key, first_value) = (unit.add(self.key_at(slot, 0)), unit.add(self.value_at(slot, 0)));
+        let mut bytes = [0i8; 16];
+        for start in (0..self.head_dim).step_by(16) {
+            let n = (self.head_dim - start).min(16);
+            s.store_bytes(bytes.as_mut_ptr(), key_range.round(s, s.load_n(key.add(start), n)));
+            for (four, bytes) in bytes.as_chunks::<4>().0.iter().enumerate() {
+                first_key.add((start / 4 + four) * 4 * BLOCK_SIZE).cast::<[i8; 4]>().write(*bytes);
+            }
+            s.store_bytes(bytes.as_mut_ptr(), value_range.round(s, s.load_n(value.add(start), n)));
+            for i in 0..n {
+                first_value.add((start + i) * 4).cast::<i8>().write(bytes[i]);
+            }
         }
     }
 
@@ -338,6 +403,38 @@ impl UnitLayout {
     }
 }
 
+/// How a token's head becomes bytes.
+struct ByteRange {
+    scale: f32,
+    inverse: f32,
+}
+
+impl ByteRange {
+    #[inline(always)]
+    unsafe fn of<S: Simd>(s: S, x: *const f32, len: usize) -> Self {
+        let mut amax = s.splat_i(0);
+        for start in (0..len).step_by(16) {
+            let x = s.load_n(x.add(start), (len - start).min(16));
+            amax = s.max_u(amax, s.and(s.bits(x), s.splat_i(0x7fff_ffff)));
+        }
+        // As integers, magnitudes order like the floats, with infinity and NaN on top.
+        let amax = f32::from_bits(s.reduce_max_u(amax));
+        if !amax.is_finite() {
+            return Self { scale: f32::NAN, inverse: 0.0 };
+        }
+        // The reciprocal of less would overflow.
+        if amax < 1e-35 {
+            return Self { scale: 0.0, inverse: 0.0 };
+        }
+        Self { scale: amax / 127.0, inverse: 127.0 / amax }
+    }
+
+    #[inline(always)]
+    unsafe fn round<S: Simd>(&self, s: S, x: S::F) -> S::I {
+        s.add_i(s.to_i(s.mul(x, s.splat(self.inverse))), s.splat_i(128))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::simd::{Kernel, dispatch};
@@ -362,8 +459,8 @@ mod tests {
     #[test]
     fn units_survive_export_import_and_copy() {
         let mut random = Random::new(7);
-        for dtype in [KvDType::F32, KvDType::F16, KvDType::Bf16] {
-            for head_dim in [2, 14, 16, 18, 64] {
+        for dtype in [KvDType::F32, KvDType::F16, KvDType::Bf16, KvDType::Int8] {
+            for head_dim in [2, 6, 14, 16, 18, 64] {
                 let config = KvCacheConfig { num_layers: 2, num_kv_heads: 2, head_dim, num_blocks: 3, dtype };
                 for cpu in backends(1) {
                     let mut kv = KvCache::new(config).unwrap();
@@ -397,6 +494,41 @@ mod tests {
     }
 
     #[test]
+    fn int8_rounds_to_its_scale_and_bad_rows_have_none() {
+        let config = KvCacheConfig {
+            num_layers: 2,
+            num_kv_heads: 2,
+            head_dim: 18,
+            num_blocks: 1,
+            dtype: KvDType::Int8,
+        };
+        for cpu in backends(1) {
+            let mut kv = KvCache::new(config).unwrap();
+            let mut row = vec![0.0f32; 36];
+            row[..4].copy_from_slice(&[127.0, 0.5, -2.5, -126.5]);
+            row[18..20].copy_from_slice(&[-254.0, 3.0]);
+            // SAFETY: the slot is inside the cache.
+            unsafe { dispatch(cpu.detected(), Store(&mut kv, 3, &row)) };
+            let read = |kv: &KvCache, slot| (0..18).map(|d| kv.read(1, 1, slot, d)).collect::<Vec<_>>();
+            let found = read(&kv, 3);
+            assert_eq!(
+                found[..4],
+                [(127.0, -254.0), (0.0, 4.0), (-2.0, 0.0), (-126.0, 0.0)],
+                "{}",
+                cpu.isa()
+            );
+            assert!(found[4..].iter().all(|&(key, value)| key == 0.0 && value == 0.0));
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                row[17] = bad;
+                // SAFETY: as above.
+                unsafe { dispatch(cpu.detected(), Store(&mut kv, 4, &row)) };
+                assert!(read(&kv, 4).iter().all(|(key, value)| key.is_nan() && !value.is_nan()));
+            }
+            assert_eq!(read(&kv, 3), found);
+        }
+    }
+
+    #[test]
     fn bad_geometry_is_an_error() {
         let config = KvCacheConfig {
             num_layers: 1,
@@ -406,6 +538,9 @@ mod tests {
             dtype: KvDType::Bf16,
         };
         assert_eq!(config.bytes_per_block(), 4096);
+        let int8 = KvCacheConfig { dtype: KvDType::Int8, ..config };
+        assert_eq!(int8.bytes_per_block(), 2048 + 128);
+        assert_eq!(KvCache::new(int8).unwrap().unit_bytes(), 2048 + 128);
         for head_dim in [0, 3, 1024] {
             assert!(matches!(
                 KvCache::new(KvCacheConfig { head_dim, ..config }),

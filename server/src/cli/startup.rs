@@ -136,8 +136,8 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
             KvCacheDtype::F32 => Some(tandem_engine::KvDType::F32),
             KvCacheDtype::Bf16 => Some(tandem_engine::KvDType::Bf16),
             KvCacheDtype::F16 => Some(tandem_engine::KvDType::F16),
-            // int8 was refused with the configuration.
-            KvCacheDtype::Auto | KvCacheDtype::Int8 => None,
+            KvCacheDtype::Int8 => Some(tandem_engine::KvDType::Int8),
+            KvCacheDtype::Auto => None,
         },
         isa: match config.isa {
             Isa::Auto => None,

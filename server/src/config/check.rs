@@ -238,9 +238,6 @@ fn common(
     if options.dtype == Dtype::F16 {
         return Err(refuse("dtype", "the CPU does not compute in float16; use bfloat16, float32 or auto"));
     }
-    if memory.kv_cache_dtype == KvCacheDtype::Int8 {
-        return Err(refuse("kv-cache-dtype", "int8 is not supported yet; use bf16, f16 or f32"));
-    }
     if options.dummy_weights.is_some() && options.load_format != LoadFormat::Dummy {
         return Err(refuse("dummy-weights", "needs --load-format dummy"));
     }

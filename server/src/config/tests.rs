@@ -121,7 +121,7 @@ fn names_of_vllm_are_understood() {
     assert_eq!((config.common.dtype, config.common.kv_cache_dtype), (Dtype::Bf16, KvCacheDtype::F16));
     assert_eq!(config.common.kv_cache_memory_bytes, Some(4 << 30));
     assert!(refusal(&["--dtype", "half"], &[]).contains("float16"));
-    assert!(refusal(&["--kv-cache-dtype", "int8"], &[]).contains("not supported yet"));
+    assert_eq!(serve(&["--kv-cache-dtype", "int8"], &[]).common.kv_cache_dtype, KvCacheDtype::Int8);
     assert!(refusal(&["--max-num-batched-tokens", "8"], &[]).contains("max-num-seqs 64"));
 }
 

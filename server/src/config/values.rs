@@ -59,8 +59,7 @@ pub enum KvCacheDtype {
     /// Half precision.
     #[value(alias = "float16", alias = "half")]
     F16,
-    /// One scale for each token and KV head.
-    #[value(hide = true)]
+    /// 8 bits with a scale for each token and KV head.
     Int8,
 }
 

@@ -3,8 +3,8 @@
 //! Scores run over blocks with lanes over slots, values over slots with lanes over the head dim. Each sum is one chain, in
 //! the order of the head dim or of the slots, whatever the shape of the register tile.
 //!
-//! Lanes of slots that a row does not see are replaced by −∞ before anything else looks at them, and its sum over values
-//! ends at its last slot, so what free slots and later tokens hold never meets arithmetic that counts.
+//! Scores of slots that a row does not see are never looked at. Its sum over values may pass finite values of later tokens of
+//! the chunk with weights of zero; what is not finite, and what free slots hold, it never meets.
 //!
 //! # Register tiles
 //! Two pipes with a latency of six cycles want twelve sums in flight, and a step of R rows and C vectors loads R + C times
@@ -64,8 +64,7 @@ const fn widest<S: Simd, O: Operand>(rows: usize) -> usize {
 /// How many of `left` rows the next chunk takes.
 #[inline(always)]
 pub(super) fn chunk_rows<S: Simd, K: Numbers>(left: usize) -> usize {
-    let most = (sums::<S, K::Query>() / S::PANELS).min(sums::<S, K::Weight>() / S::PANELS);
-    match left.min(most) {
+    match left.min(sums::<S, K::Operand>() / S::PANELS) {
         height @ (1..=6 | MAX_ROWS) => height,
         _ => 6,
     }
@@ -93,7 +92,7 @@ impl Buffers {
 
     pub(super) unsafe fn new<K: Numbers>(scratch: *mut u8) -> Self {
         let weights = scratch.add(MAX_ROWS * SPAN * 4);
-        let partials = weights.add(MAX_ROWS * row_bytes::<K::Weight, SPAN>()).cast();
+        let partials = weights.add(MAX_ROWS * row_bytes::<K::Operand, SPAN>()).cast();
         Self { scores: scratch.cast(), weights, partials }
     }
 }
@@ -120,7 +119,7 @@ pub(super) struct Chunk<'a> {
 
 /// Softmax weights of one row.
 struct Softmax<'a, const SHORT_EXP2: bool> {
-    scores: *const f32,
+    scores: *mut f32,
     scale: f32,
     /// Of the scores, scaled.
     maximum: f32,
@@ -134,8 +133,18 @@ impl<const SHORT_EXP2: bool> Source for Softmax<'_, SHORT_EXP2> {
         let x = s.fma(score, s.splat(self.scale), s.splat(-self.maximum));
         let weight =
             if SHORT_EXP2 { exp2(s, x, &exp2_polynomial::SHORT) } else { exp2(s, x, &exp2_polynomial::LONG) };
-        let left = self.valid - index * 16;
+        let left = self.valid.saturating_sub(index * 16);
         if left >= 16 { weight } else { s.keep_first(left, weight, s.splat(0.0)) }
+    }
+}
+
+/// f32 values as they are.
+struct Plain(*const f32);
+
+impl Source for Plain {
+    #[inline(always)]
+    unsafe fn vector<S: Simd>(&self, s: S, index: usize) -> S::F {
+        s.load(self.0.add(index * 16))
     }
 }
 
@@ -158,11 +167,11 @@ impl Chunk<'_> {
     unsafe fn scores<S: Simd, K: Numbers>(&self, s: S) {
         let blocks = self.last().div_ceil(BLOCK_SIZE);
         let rows = tile_rows(self.rows);
-        let widest = widest::<S, K::Query>(rows);
+        let widest = widest::<S, K::Operand>(rows);
         let mut block = 0;
         while block < blocks {
             let width = widest.min(1 << (blocks - block).ilog2());
-            register_tile!(s, rows, width, ScoreTile::<K::Query> { chunk: self, block: block });
+            register_tile!(s, rows, width, ScoreTile::<K::Operand> { chunk: self, block: block });
             block += width;
         }
     }
@@ -175,8 +184,13 @@ impl Chunk<'_> {
         let hidden = s.splat(f32::NEG_INFINITY);
         let mut maxima = [hidden; 4];
         let whole = valid / 16;
-        for index in 0..whole {
-            maxima[index % 4] = s.max(maxima[index % 4], s.load(scores.add(index * 16)));
+        for fourth in 0..whole / 4 {
+            for i in 0..4 {
+                maxima[i] = s.max(maxima[i], s.load(scores.add(fourth * 64 + i * 16)));
+            }
+        }
+        for index in whole / 4 * 4..whole {
+            maxima[0] = s.max(maxima[0], s.load(scores.add(index * 16)));
         }
         if !valid.is_multiple_of(16) {
             let seen = s.keep_first(valid % 16, s.load(scores.add(whole * 16)), hidden);
@@ -184,29 +198,95 @@ impl Chunk<'_> {
         }
         let maximum = s.max(s.max(maxima[0], maxima[1]), s.max(maxima[2], maxima[3]));
         let maximum = s.reduce_max(maximum) * self.scale;
-        let weights = self.buffers.weights.add(row * row_bytes::<K::Weight, SPAN>());
-        let vectors = valid.div_ceil(16);
-        if K::SHORT_EXP2 {
-            let source = Softmax::<true> { scores, scale: self.scale, maximum, valid: &valid };
-            K::Weight::pack::<S, SPAN>(s, weights, vectors, &source);
-        } else {
-            let source = Softmax::<false> { scores, scale: self.scale, maximum, valid: &valid };
-            K::Weight::pack::<S, SPAN>(s, weights, vectors, &source);
-        }
+        let weights = self.buffers.weights.add(row * row_bytes::<K::Operand, SPAN>());
         let stats = self.out.add(row * self.stride + self.layout.padded());
         stats.write(maximum);
-        stats.add(1).write(K::Weight::total::<S, SPAN>(s, weights, vectors));
+        // Behind its last key a row has weights of zero, as far as other rows go.
+        let vectors = self.last().div_ceil(16);
+        if K::Operand::INTEGERS {
+            let source = Softmax::<false> { scores, scale: self.scale, maximum, valid: &valid };
+            stats.add(1).write(self.scale_weights(s, source, vectors));
+            K::Operand::pack::<S, SPAN>(s, weights, vectors, &Plain(scores));
+            return;
+        }
+        if K::SHORT_EXP2 {
+            let source = Softmax::<true> { scores, scale: self.scale, maximum, valid: &valid };
+            K::Operand::pack::<S, SPAN>(s, weights, vectors, &source);
+        } else {
+            let source = Softmax::<false> { scores, scale: self.scale, maximum, valid: &valid };
+            K::Operand::pack::<S, SPAN>(s, weights, vectors, &source);
+        }
+        stats.add(1).write(K::Operand::total::<S, SPAN>(s, weights, vectors));
+    }
+
+    /// Puts weights times the scales of their values into the place of a row's scores; returns the sum of the weights.
+    #[inline(always)]
+    unsafe fn scale_weights<S: Simd>(&self, s: S, softmax: Softmax<'_, false>, vectors: usize) -> f32 {
+        let mut sum = s.splat(0.0);
+        for index in 0..vectors {
+            let weight = softmax.vector(s, index);
+            sum = s.add(sum, weight);
+            let scales = self.unit(index).add(self.layout.scales_at()).cast::<f32>().add(BLOCK_SIZE);
+            // Slots that the row does not see may have any scale.
+            let left = softmax.valid.saturating_sub(index * 16).min(16);
+            let scaled = s.keep_first(left, s.mul(weight, s.load(scales)), s.splat(0.0));
+            s.store(softmax.scores.add(index * 16), scaled);
+        }
+        s.reduce_add(sum)
+    }
+
+    /// Weighted values. Rows go together to the last slot that any of them sees, with weights of zero where one sees less:
+    /// that adds nothing if those values are finite. If they are not, each row goes alone.
+    #[inline(always)]
+    unsafe fn values<S: Simd, K: Numbers>(&self, s: S) {
+        if K::Operand::INTEGERS
+            || self.valid[0] == self.last()
+            || self.unshared_are_finite::<S, K::Operand>(s)
+        {
+            return self.values_together::<S, K>(s);
+        }
+        for row in 0..self.rows {
+            let weights = self.buffers.weights.add(row * row_bytes::<K::Operand, SPAN>());
+            let alone = Chunk {
+                rows: 1,
+                valid: [self.valid[row]; MAX_ROWS],
+                out: self.out.add(row * self.stride),
+                buffers: Buffers { weights, ..self.buffers },
+                ..*self
+            };
+            alone.values_together::<S, K>(s);
+        }
+    }
+
+    /// Whether all values are finite that some rows see and others do not (and, in the same step, one that all see).
+    #[inline(always)]
+    unsafe fn unshared_are_finite<S: Simd, O: Operand>(&self, s: S) -> bool {
+        let vectors = self.layout.padded() / 16;
+        let per_block = BLOCK_SIZE / O::STEP;
+        let mut largest = s.splat_i(0);
+        for step in self.valid[0] / O::STEP..self.last().div_ceil(O::STEP) {
+            let values = self
+                .unit(step / per_block)
+                .add(self.layout.keys_bytes() + step % per_block * vectors * O::VECTOR);
+            let whole = (step + 1) * O::STEP <= self.last();
+            for vector in 0..vectors {
+                let values = values.add(vector * O::VECTOR);
+                let stored = if whole { O::load(s, values) } else { O::load_first(s, values) };
+                largest = s.max_u(largest, O::magnitude(s, stored));
+            }
+        }
+        f32::from_bits(s.reduce_max_u(largest)).is_finite()
     }
 
     #[inline(always)]
-    unsafe fn values<S: Simd, K: Numbers>(&self, s: S) {
+    unsafe fn values_together<S: Simd, K: Numbers>(&self, s: S) {
         let rows = tile_rows(self.rows);
-        let widest = widest::<S, K::Weight>(rows);
+        let widest = widest::<S, K::Operand>(rows);
         let vectors = self.layout.padded() / 16;
         let mut vector = 0;
         while vector < vectors {
             let width = widest.min(1 << (vectors - vector).ilog2());
-            register_tile!(s, rows, width, ValueTile::<K::Weight> { chunk: self, vector: vector });
+            register_tile!(s, rows, width, ValueTile::<K::Operand> { chunk: self, vector: vector });
             vector += width;
         }
     }
@@ -281,17 +361,21 @@ impl<O: Operand, const R: usize, const C: usize> Kernel for ScoreTile<'_, O, R, 
             dots::<S, O, R, C>(s, &mut sums, stored, query, row_bytes, part);
         }
         for r in 0..R {
-            let end = chunk.queries.add(r * row_bytes + O::PARTS * part);
-            for c in 0..C {
-                let score = O::finish(s, sums[r][c], end);
-                s.store(chunk.buffers.scores.add(r * SPAN + (block + c) * BLOCK_SIZE), score);
+            if r < chunk.rows {
+                let end = chunk.queries.add(r * row_bytes + O::PARTS * part);
+                for c in 0..C {
+                    let mut score = O::finish(s, sums[r][c], end);
+                    if O::INTEGERS {
+                        score = s.mul(score, s.load(keys[c].add(chunk.layout.scales_at()).cast()));
+                    }
+                    s.store(chunk.buffers.scores.add(r * SPAN + (block + c) * BLOCK_SIZE), score);
+                }
             }
         }
     }
 }
 
-/// Weighted values of R rows and C vectors of the head dim: together over the steps that all rows see whole, then row by row
-/// to each one's last slot.
+/// Weighted values of R rows and C vectors of the head dim, up to the last slot that any row sees.
 struct ValueTile<'a, O, const R: usize, const C: usize> {
     chunk: &'a Chunk<'a>,
     vector: usize,
@@ -312,14 +396,16 @@ impl<O: Operand, const R: usize, const C: usize> Kernel for ValueTile<'_, O, R, 
         let per_block = BLOCK_SIZE / O::STEP;
         let step_bytes = chunk.layout.padded() / 16 * O::VECTOR;
         let first = chunk.layout.keys_bytes() + vector * O::VECTOR;
-        let shared = if O::EXACT_ZERO { chunk.last().div_ceil(O::STEP) } else { chunk.valid[0] / O::STEP };
+        let last = chunk.last();
+        // Of integers a last step may hold slots that no row sees: their weights are zero.
+        let steps = if O::INTEGERS { last.div_ceil(O::STEP) } else { last / O::STEP };
         let mut sums = [[O::zero(s); C]; R];
-        for block in 0..shared.div_ceil(per_block) {
+        for block in 0..steps.div_ceil(per_block) {
             let values = chunk.unit(block).add(first);
             let ahead = chunk.after_values(block).wrapping_add(vector * O::VECTOR);
             let start = block * per_block;
             let weights = chunk.buffers.weights.add(start * O::STEP * O::BYTES);
-            for step in 0..per_block.min(shared - start) {
+            for step in 0..per_block.min(steps - start) {
                 let values = values.add(step * step_bytes);
                 if R <= PREFETCH_ROWS {
                     for c in 0..C {
@@ -334,17 +420,13 @@ impl<O: Operand, const R: usize, const C: usize> Kernel for ValueTile<'_, O, R, 
                 dots::<S, O, R, C>(s, &mut sums, stored, weights, row_bytes, part);
             }
         }
-        for r in 0..R {
-            let weights = chunk.buffers.weights.add(r * row_bytes);
-            let end = if O::EXACT_ZERO { shared } else { chunk.valid[r].div_ceil(O::STEP) };
-            for step in shared..end {
-                let values = chunk.unit(step / per_block).add(first + step % per_block * step_bytes);
-                let whole = (step + 1) * O::STEP <= chunk.valid[r];
-                let weights = weights.add(step * O::STEP * O::BYTES);
-                for c in 0..C {
-                    let stored = values.add(c * O::VECTOR);
-                    let stored = if whole { O::load(s, stored) } else { O::load_first(s, stored) };
-                    sums[r][c] = O::dot(s, sums[r][c], stored, weights, part);
+        if steps * O::STEP < last {
+            let values = chunk.unit(steps / per_block).add(first + steps % per_block * step_bytes);
+            let weights = chunk.buffers.weights.add(steps * O::STEP * O::BYTES);
+            for c in 0..C {
+                let stored = O::load_first(s, values.add(c * O::VECTOR));
+                for r in 0..R {
+                    sums[r][c] = O::dot(s, sums[r][c], stored, weights.add(r * row_bytes), part);
                 }
             }
         }
@@ -353,7 +435,8 @@ impl<O: Operand, const R: usize, const C: usize> Kernel for ValueTile<'_, O, R, 
                 let end = chunk.buffers.weights.add(r * row_bytes + O::PARTS * part);
                 let out = chunk.out.add(r * chunk.stride + vector * 16);
                 for c in 0..C {
-                    s.store(out.add(c * 16), O::finish(s, sums[r][c], end));
+                    // Adding zero takes the sign from a zero: it may hang on slots that the row does not see.
+                    s.store(out.add(c * 16), s.add(O::finish(s, sums[r][c], end), s.splat(0.0)));
                 }
             }
         }

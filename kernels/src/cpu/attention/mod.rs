@@ -14,7 +14,8 @@
 //! # Precision
 //! With a bf16 cache queries and softmax weights are bf16 numbers, or sums of two ([`AttentionPrecision`]), multiplied by the
 //! bf16 dot product with f32 sums. The sum that divides is that of the rounded weights, so rounding does not bias. With f32
-//! and f16 caches everything is f32.
+//! and f16 caches everything is f32. With an int8 cache queries and weights are integers as well: a row of queries has one
+//! scale, and so has a row's span of weights, after each was multiplied with the scale of its value.
 
 mod chunk;
 mod operand;

@@ -21,8 +21,9 @@ pub(super) trait Operand {
     const SUMS: usize;
     /// Whether AVX2 needs registers to take stored vectors apart.
     const EMULATED: bool;
-    /// Whether zero times whatever is stored is zero, so that rows may share steps that not all of them see.
-    const EXACT_ZERO: bool;
+    /// Whether what is stored are integers with a scale per slot. Zero times any of them is zero, so rows may share steps
+    /// that not all of them see.
+    const INTEGERS: bool;
 
     type Stored<S: Simd>: Copy;
     type Sum<S: Simd>: Copy;
@@ -30,6 +31,8 @@ pub(super) trait Operand {
     unsafe fn load<S: Simd>(s: S, p: *const u8) -> Self::Stored<S>;
     /// As `load`, with zeros for all but the first element of each step.
     unsafe fn load_first<S: Simd>(s: S, p: *const u8) -> Self::Stored<S>;
+    /// The largest magnitude of each lane as the bits of an f32: infinity and NaN are on top.
+    unsafe fn magnitude<S: Simd>(s: S, stored: Self::Stored<S>) -> S::I;
     unsafe fn zero<S: Simd>(s: S) -> Self::Sum<S>;
     /// Adds the product with the step at `x`; its other part lies `part` bytes behind.
     unsafe fn dot<S: Simd>(
@@ -70,7 +73,7 @@ impl<const PARTS: usize> Operand for Pairs<PARTS> {
     const PARTS: usize = PARTS;
     const SUMS: usize = 1;
     const EMULATED: bool = true;
-    const EXACT_ZERO: bool = false;
+    const INTEGERS: bool = false;
 
     type Stored<S: Simd> = S::I;
     type Sum<S: Simd> = S::F;
@@ -83,6 +86,12 @@ impl<const PARTS: usize> Operand for Pairs<PARTS> {
     #[inline(always)]
     unsafe fn load_first<S: Simd>(s: S, p: *const u8) -> S::I {
         s.and(s.load_i(p), s.splat_i(0xffff))
+    }
+
+    #[inline(always)]
+    unsafe fn magnitude<S: Simd>(s: S, stored: S::I) -> S::I {
+        let magnitude = s.splat_i(0x7fff_0000);
+        s.max_u(s.and(stored, magnitude), s.and(s.shl::<16>(stored), magnitude))
     }
 
     #[inline(always)]
@@ -142,7 +151,7 @@ impl Operand for Floats {
     const PARTS: usize = 1;
     const SUMS: usize = 1;
     const EMULATED: bool = false;
-    const EXACT_ZERO: bool = false;
+    const INTEGERS: bool = false;
 
     type Stored<S: Simd> = S::F;
     type Sum<S: Simd> = S::F;
@@ -155,6 +164,11 @@ impl Operand for Floats {
     #[inline(always)]
     unsafe fn load_first<S: Simd>(s: S, p: *const u8) -> S::F {
         Self::load(s, p)
+    }
+
+    #[inline(always)]
+    unsafe fn magnitude<S: Simd>(s: S, stored: S::F) -> S::I {
+        s.and(s.bits(stored), s.splat_i(0x7fff_ffff))
     }
 
     #[inline(always)]
@@ -199,7 +213,7 @@ impl Operand for Halves {
     const PARTS: usize = 1;
     const SUMS: usize = 1;
     const EMULATED: bool = false;
-    const EXACT_ZERO: bool = false;
+    const INTEGERS: bool = false;
 
     type Stored<S: Simd> = S::F;
     type Sum<S: Simd> = S::F;
@@ -212,6 +226,11 @@ impl Operand for Halves {
     #[inline(always)]
     unsafe fn load_first<S: Simd>(s: S, p: *const u8) -> S::F {
         Self::load(s, p)
+    }
+
+    #[inline(always)]
+    unsafe fn magnitude<S: Simd>(s: S, stored: S::F) -> S::I {
+        s.and(s.bits(stored), s.splat_i(0x7fff_ffff))
     }
 
     #[inline(always)]
@@ -237,5 +256,101 @@ impl Operand for Halves {
     #[inline(always)]
     unsafe fn total<S: Simd, const N: usize>(s: S, row: *const u8, vectors: usize) -> f32 {
         Floats::total::<S, N>(s, row, vectors)
+    }
+}
+
+/// int8; rows are integers `128 · high + low` of two bytes with one scale.
+pub(super) struct Bytes;
+
+/// What stands at the end of a packed row of integers.
+#[derive(Clone, Copy)]
+struct IntegerEnd {
+    scale: f32,
+    sum: i32,
+}
+
+impl Operand for Bytes {
+    const STEP: usize = 4;
+    const VECTOR: usize = 64;
+    const BYTES: usize = 1;
+    const PARTS: usize = 2;
+    const SUMS: usize = 2;
+    const EMULATED: bool = true;
+    const INTEGERS: bool = true;
+
+    type Stored<S: Simd> = S::I;
+    type Sum<S: Simd> = [S::I; 2];
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> S::I {
+        s.load_i(p)
+    }
+
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(s: S, p: *const u8) -> S::I {
+        s.and(s.load_i(p), s.splat_i(0xff))
+    }
+
+    #[inline(always)]
+    unsafe fn magnitude<S: Simd>(s: S, _stored: S::I) -> S::I {
+        s.splat_i(0)
+    }
+
+    #[inline(always)]
+    unsafe fn zero<S: Simd>(s: S) -> [S::I; 2] {
+        [s.splat_i(0); 2]
+    }
+
+    #[inline(always)]
+    unsafe fn dot<S: Simd>(s: S, sum: [S::I; 2], stored: S::I, x: *const u8, part: usize) -> [S::I; 2] {
+        [s.dot8(sum[0], stored, s.splat_bytes(x)), s.dot8(sum[1], stored, s.splat_bytes(x.add(part)))]
+    }
+
+    /// No sum overflows: 512 · 255 · 16256 is below 2^31.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(s: S, sum: [S::I; 2], end: *const u8) -> S::F {
+        let end = *end.cast::<IntegerEnd>();
+        let whole = s.add_i(s.shl::<7>(sum[0]), sum[1]);
+        let signed = s.sub_i(whole, s.splat_i(S::BYTE_ZERO_POINT * end.sum));
+        s.mul(s.to_f(signed), s.splat(end.scale))
+    }
+
+    /// A NaN or infinity makes the scale NaN.
+    #[inline(always)]
+    unsafe fn pack<S: Simd, const N: usize>(s: S, row: *mut u8, vectors: usize, source: &impl Source) {
+        // 127 · 128, so that the high byte stays in ±127.
+        let max = 16256.0;
+        let mut amax = s.splat_i(0);
+        for index in 0..vectors {
+            amax = s.max_u(amax, s.and(s.bits(source.vector(s, index)), s.splat_i(0x7fff_ffff)));
+        }
+        let amax = f32::from_bits(s.reduce_max_u(amax));
+        let (scale, inverse) = if !amax.is_finite() {
+            (f32::NAN, 0.0)
+        } else if amax < 1e-33 {
+            // The reciprocal would overflow.
+            (0.0, 0.0)
+        } else {
+            (amax / max, max / amax)
+        };
+        let mut sum = s.splat_i(0);
+        for index in 0..vectors {
+            let scaled = s.mul(source.vector(s, index), s.splat(inverse));
+            let value = if inverse == 0.0 { s.splat_i(0) } else { s.to_i(scaled) };
+            sum = s.add_i(sum, value);
+            let out = row.cast::<i8>().add(index * 16);
+            // Nearest multiple of 128, so that what is left is in -64..64.
+            let high = s.sar::<7>(s.add_i(value, s.splat_i(64)));
+            s.store_bytes(out, high);
+            s.store_bytes(out.add(N), s.sub_i(value, s.shl::<7>(high)));
+        }
+        let end = IntegerEnd { scale, sum: s.reduce_add_i(sum) };
+        row.add(2 * N).cast::<IntegerEnd>().write(end);
+    }
+
+    #[inline(always)]
+    unsafe fn total<S: Simd, const N: usize>(_s: S, row: *const u8, _vectors: usize) -> f32 {
+        let end = *row.add(2 * N).cast::<IntegerEnd>();
+        end.scale * end.sum as f32
     }
 }

@@ -5,11 +5,12 @@ use super::super::{BLOCK_SIZE, KvCacheConfig, Rope, reference};
 use super::*;
 use crate::{AttentionPrecision, KvDType};
 
-const CLASSES: [(KvDType, AttentionPrecision); 4] = [
+const CLASSES: [(KvDType, AttentionPrecision); 5] = [
     (KvDType::F32, AttentionPrecision::Rounded),
     (KvDType::F16, AttentionPrecision::Rounded),
     (KvDType::Bf16, AttentionPrecision::Rounded),
     (KvDType::Bf16, AttentionPrecision::Split),
+    (KvDType::Int8, AttentionPrecision::Rounded),
 ];
 
 /// One sequence of a test: its tokens' qkv rows, and its shuffled blocks.
@@ -109,10 +110,10 @@ impl Fixture {
             let shape = (self.heads, self.config.num_kv_heads, head_dim);
             let expected =
                 reference::attention(&qkv, &batch, shape, scale, |head, slot, d| kv.read(1, head, slot, d));
-            // Rounded to one bf16 number, queries and weights lose up to 2^-9 each; split, 2^-17; the others are f32.
+            // Queries and weights lose up to 2^-9 as one bf16 number, 2^-17 as two, 2^-15 as integers; the others are f32.
             let tolerance = match (self.config.dtype, self.precision) {
                 (KvDType::Bf16, AttentionPrecision::Rounded) => 0.02,
-                (KvDType::Bf16, AttentionPrecision::Split) => 1e-4,
+                (KvDType::Bf16 | KvDType::Int8, _) => 2e-4,
                 _ => 3e-6,
             };
             for (i, (got, expected)) in out.iter().zip(&expected).enumerate() {
@@ -247,6 +248,31 @@ fn a_bad_query_spoils_only_its_row() {
                     assert!(bad.is_nan());
                 } else {
                     assert_eq!(bad, clean);
+                }
+            }
+        }
+    }
+}
+
+/// A key or value that is not finite spoils every query that sees it, and no other.
+#[test]
+fn a_bad_key_or_value_spoils_who_sees_it() {
+    let mut random = Random::new(33);
+    let head_dim = 16;
+    for class in CLASSES {
+        let mut fixture = Fixture::new(&mut random, (2, 1, head_dim), class, &[300]);
+        let width = fixture.width();
+        for cpu in backends(2) {
+            let clean = fixture.step(&cpu, &mut fixture.cache(), &[(0, 0..300)]);
+            for (bad_token, head) in [(7, 2), (7, 3), (281, 2), (281, 3)] {
+                let at = bad_token * width + head * head_dim + 5;
+                let kept = std::mem::replace(&mut fixture.sequences[0].qkv[at], f32::NAN);
+                let bad = fixture.step(&cpu, &mut fixture.cache(), &[(0, 0..300)]);
+                fixture.sequences[0].qkv[at] = kept;
+                let (bad, clean) = (bad.as_chunks::<32>().0, clean.as_chunks::<32>().0);
+                assert_eq!(bad[..bad_token], clean[..bad_token], "{} {class:?}", cpu.isa());
+                for row in &bad[bad_token..] {
+                    assert!(row[5].is_nan() && row[head_dim + 5].is_nan(), "{} {class:?}", cpu.isa());
                 }
             }
         }

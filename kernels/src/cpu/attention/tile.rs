@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::SPAN;
 use super::chunk::{Buffers, Chunk, MAX_ROWS, chunk_rows};
-use super::operand::{Floats, Halves, Operand, Pairs, Source, row_bytes};
+use super::operand::{Bytes, Floats, Halves, Operand, Pairs, Source, row_bytes};
 use crate::cpu::kv_cache::{BLOCK_SIZE, KvLayer, MAX_HEAD_DIM};
 use crate::cpu::math::{exp2, exp2_polynomial};
 use crate::cpu::simd::{Kernel, Simd};
@@ -97,6 +97,7 @@ impl Kernel for TileKernel<'_> {
         match (self.tile.kv.layout.dtype(), self.tile.precision) {
             (KvDType::Bf16, AttentionPrecision::Rounded) => self.compute::<S, RoundedPairs>(s),
             (KvDType::Bf16, AttentionPrecision::Split) => self.compute::<S, SplitPairs>(s),
+            (KvDType::Int8, _) => self.compute::<S, Integers>(s),
             (KvDType::F32, _) => self.compute::<S, Single>(s),
             (KvDType::F16, _) => self.compute::<S, Half>(s),
         }
@@ -105,10 +106,8 @@ impl Kernel for TileKernel<'_> {
 
 /// What the cache's dtype and the precision make of a tile.
 pub(super) trait Numbers {
-    /// Queries and keys.
-    type Query: Operand;
-    /// Softmax weights and values.
-    type Weight: Operand;
+    /// Queries beside keys, and softmax weights beside values.
+    type Operand: Operand;
     /// Whether weights are rounded so much that a short polynomial gives the same.
     const SHORT_EXP2: bool;
 }
@@ -118,8 +117,7 @@ macro_rules! numbers {
         $(struct $name;
 
         impl Numbers for $name {
-            type Query = $operand;
-            type Weight = $operand;
+            type Operand = $operand;
             const SHORT_EXP2: bool = $short;
         })+
     };
@@ -128,6 +126,7 @@ macro_rules! numbers {
 numbers! {
     RoundedPairs: Pairs<1>, true;
     SplitPairs: Pairs<2>, false;
+    Integers: Bytes, false;
     Single: Floats, false;
     Half: Halves, false;
 }
@@ -149,7 +148,7 @@ impl TileKernel<'_> {
     #[inline(always)]
     unsafe fn compute<S: Simd, K: Numbers>(&self, s: S) {
         let rows = self.tile.rows();
-        let query_bytes = rows * row_bytes::<K::Query, MAX_HEAD_DIM>();
+        let query_bytes = rows * row_bytes::<K::Operand, MAX_HEAD_DIM>();
         self.pack_queries::<S, K>(s);
         let totals = self.scratch.add(query_bytes).cast::<f32>();
         let rest = self.scratch.add(query_bytes + rows * self.stride() * 4);
@@ -178,10 +177,10 @@ impl TileKernel<'_> {
         for token in 0..tile.num_tokens {
             for head in 0..tile.group {
                 let row = token * tile.group + head;
-                let packed = self.scratch.add(row * row_bytes::<K::Query, MAX_HEAD_DIM>());
+                let packed = self.scratch.add(row * row_bytes::<K::Operand, MAX_HEAD_DIM>());
                 let values = tile.queries.add(token * tile.query_stride + head * head_dim);
                 let vectors = tile.kv.layout.padded() / 16;
-                K::Query::pack::<S, MAX_HEAD_DIM>(s, packed, vectors, &Query { values, head_dim });
+                K::Operand::pack::<S, MAX_HEAD_DIM>(s, packed, vectors, &Query { values, head_dim });
             }
         }
     }
@@ -209,7 +208,7 @@ impl TileKernel<'_> {
                 layout: tile.kv.layout,
                 head_dim: tile.kv.head_dim,
                 blocks: &tile.blocks[start / BLOCK_SIZE..],
-                queries: self.scratch.add(row * row_bytes::<K::Query, MAX_HEAD_DIM>()),
+                queries: self.scratch.add(row * row_bytes::<K::Operand, MAX_HEAD_DIM>()),
                 rows: height,
                 valid: tile.valid(span, rows.clone()),
                 scale: tile.scale,
