@@ -227,10 +227,9 @@ impl Attention {
     }
 }
 
-const ATTENTION_CLASSES: [(KvDType, AttentionPrecision); 5] = [
+const ATTENTION_CLASSES: [(KvDType, AttentionPrecision); 4] = [
     (KvDType::Bf16, AttentionPrecision::Rounded),
     (KvDType::Bf16, AttentionPrecision::Split),
-    (KvDType::Int8, AttentionPrecision::Rounded),
     (KvDType::Int8, AttentionPrecision::Split),
     (KvDType::F32, AttentionPrecision::Split),
 ];

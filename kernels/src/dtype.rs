@@ -246,14 +246,14 @@ impl KvDType {
     }
 }
 
-/// How queries and softmax weights are rounded beside bf16 and int8 caches; part of the numeric class. Beside f32 and f16
-/// caches both are f32.
+/// How queries and softmax weights are rounded beside a bf16 cache; part of the numeric class. Beside f32 and f16 caches both
+/// are f32, beside int8 15-bit integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AttentionPrecision {
-    /// To one bf16 number; beside int8, queries to one byte and weights to 15 bits.
+    /// To one bf16 number.
     Rounded,
-    /// To the sum of two bf16 numbers, 16 bits of mantissa, or to 15-bit integers: what the cache's own rounding costs is
-    /// all that is lost, for up to twice the dot products.
+    /// To the sum of two, 16 bits of mantissa: what the cache's own rounding costs is all that is lost, for twice the dot
+    /// products.
     Split,
 }
 

@@ -11,8 +11,9 @@ struct Bound {
     /// Mean and largest |Δ log-probability| of prompt tokens.
     mean: f32,
     max: f32,
-    /// The best token must be the reference's wherever the reference's margin is above this.
+    /// The best token must be the reference's wherever the reference's margin is above this, and at so many positions.
     decided_margin: f32,
+    min_equal: usize,
 }
 
 fn options(dtype: ModelDType, activations: Option<Activations>) -> ModelOptions {
@@ -23,7 +24,7 @@ fn check(options: &ModelOptions, bound: &Bound) {
     let engine = start(options, &small());
     let golden = golden::load();
     let mut differences = Vec::new();
-    let (mut num_positions, mut num_equal) = (0, 0);
+    let (mut num_positions, mut num_equal, mut widest_miss) = (0, 0, 0.0f32);
     for case in &golden.cases {
         // The reference's own tokens are the prompt, so one mistake does not lead to others.
         let forced: Vec<u32> = case.ids.iter().chain(&case.greedy).copied().collect();
@@ -40,21 +41,23 @@ fn check(options: &ModelOptions, bound: &Bound) {
             let best = row.as_ref().expect("scored").top[0].0;
             num_positions += 1;
             num_equal += usize::from(best == token);
-            assert!(
-                best == token || margin <= bound.decided_margin,
-                "{best} instead of {token}, margin {margin}"
-            );
+            if best != token {
+                widest_miss = widest_miss.max(margin);
+            }
         }
     }
     let mean = differences.iter().sum::<f32>() / differences.len() as f32;
     let max = differences.iter().copied().fold(0.0, f32::max);
     println!(
-        "{}: mean {mean:.5}, largest {max:.5} over {} prompt tokens; best token equal at {num_equal} of {num_positions}",
+        "{}: mean {mean:.5}, largest {max:.5} over {} prompt tokens; best token equal at {num_equal} of {num_positions}, \
+         others had a margin of up to {widest_miss:.3}",
         bound.name,
         differences.len()
     );
     assert!(mean <= bound.mean, "mean {mean} is above {}", bound.mean);
     assert!(max <= bound.max, "largest {max} is above {}", bound.max);
+    assert!(num_equal >= bound.min_equal, "only {num_equal} best tokens are the reference's");
+    assert!(widest_miss <= bound.decided_margin, "a token of margin {widest_miss} was missed");
     assert_eq!(num_positions, golden.cases.iter().map(|case| case.greedy.len()).sum::<usize>());
     engine.shutdown();
 }
@@ -81,32 +84,34 @@ fn prompt_rows(
 
 #[test]
 fn f32_is_the_reference_up_to_rounding() {
-    let bound = Bound { name: "f32", mean: 1e-4, max: 1e-3, decided_margin: 0.0 };
+    let bound = Bound { name: "f32", mean: 1e-4, max: 1e-3, decided_margin: 0.0, min_equal: 480 };
     check(&options(ModelDType::F32, None), &bound);
 }
 
 #[test]
 fn bf16_activations_are_close() {
-    let bound = Bound { name: "bf16", mean: 0.015, max: 0.15, decided_margin: 0.15 };
+    let bound = Bound { name: "bf16", mean: 0.015, max: 0.15, decided_margin: 0.15, min_equal: 475 };
     check(&options(ModelDType::Auto, Some(Activations::Bf16)), &bound);
 }
 
 #[test]
 fn int8_activations_are_the_default_and_close_enough() {
-    let bound = Bound { name: "int8", mean: 0.07, max: 0.7, decided_margin: 0.5 };
+    let bound = Bound { name: "int8", mean: 0.07, max: 0.7, decided_margin: 0.5, min_equal: 455 };
     check(&options(ModelDType::Auto, None), &bound);
 }
 
 #[test]
 fn an_int8_cache_alone_is_close() {
-    let bound = Bound { name: "f32 with int8 KV", mean: 0.05, max: 0.5, decided_margin: 0.5 };
+    let bound =
+        Bound { name: "f32 with int8 KV", mean: 0.055, max: 0.6, decided_margin: 0.15, min_equal: 465 };
     let options = ModelOptions { kv_cache_dtype: Some(KvDType::Int8), ..options(ModelDType::F32, None) };
     check(&options, &bound);
 }
 
 #[test]
 fn an_int8_cache_beside_int8_activations_is_close_enough() {
-    let bound = Bound { name: "int8 with int8 KV", mean: 0.09, max: 0.9, decided_margin: 0.7 };
+    let bound =
+        Bound { name: "int8 with int8 KV", mean: 0.085, max: 0.7, decided_margin: 0.5, min_equal: 460 };
     let options = ModelOptions { kv_cache_dtype: Some(KvDType::Int8), ..options(ModelDType::Auto, None) };
     check(&options, &bound);
 }

@@ -64,8 +64,7 @@ const fn widest<S: Simd, O: Operand>(rows: usize) -> usize {
 /// How many of `left` rows the next chunk takes.
 #[inline(always)]
 pub(super) fn chunk_rows<S: Simd, K: Numbers>(left: usize) -> usize {
-    let most = (sums::<S, K::Query>() / S::PANELS).min(sums::<S, K::Weight>() / S::PANELS);
-    match left.min(most) {
+    match left.min(sums::<S, K::Operand>() / S::PANELS) {
         height @ (1..=6 | MAX_ROWS) => height,
         _ => 6,
     }
@@ -93,7 +92,7 @@ impl Buffers {
 
     pub(super) unsafe fn new<K: Numbers>(scratch: *mut u8) -> Self {
         let weights = scratch.add(MAX_ROWS * SPAN * 4);
-        let partials = weights.add(MAX_ROWS * row_bytes::<K::Weight, SPAN>()).cast();
+        let partials = weights.add(MAX_ROWS * row_bytes::<K::Operand, SPAN>()).cast();
         Self { scores: scratch.cast(), weights, partials }
     }
 }
@@ -168,11 +167,11 @@ impl Chunk<'_> {
     unsafe fn scores<S: Simd, K: Numbers>(&self, s: S) {
         let blocks = self.last().div_ceil(BLOCK_SIZE);
         let rows = tile_rows(self.rows);
-        let widest = widest::<S, K::Query>(rows);
+        let widest = widest::<S, K::Operand>(rows);
         let mut block = 0;
         while block < blocks {
             let width = widest.min(1 << (blocks - block).ilog2());
-            register_tile!(s, rows, width, ScoreTile::<K::Query> { chunk: self, block: block });
+            register_tile!(s, rows, width, ScoreTile::<K::Operand> { chunk: self, block: block });
             block += width;
         }
     }
@@ -199,25 +198,25 @@ impl Chunk<'_> {
         }
         let maximum = s.max(s.max(maxima[0], maxima[1]), s.max(maxima[2], maxima[3]));
         let maximum = s.reduce_max(maximum) * self.scale;
-        let weights = self.buffers.weights.add(row * row_bytes::<K::Weight, SPAN>());
+        let weights = self.buffers.weights.add(row * row_bytes::<K::Operand, SPAN>());
         let stats = self.out.add(row * self.stride + self.layout.padded());
         stats.write(maximum);
         // Behind its last key a row has weights of zero, as far as other rows go.
         let vectors = self.last().div_ceil(16);
-        if K::Weight::INTEGERS {
+        if K::Operand::INTEGERS {
             let source = Softmax::<false> { scores, scale: self.scale, maximum, valid: &valid };
             stats.add(1).write(self.scale_weights(s, source, vectors));
-            K::Weight::pack::<S, SPAN>(s, weights, vectors, &Plain(scores));
+            K::Operand::pack::<S, SPAN>(s, weights, vectors, &Plain(scores));
             return;
         }
         if K::SHORT_EXP2 {
             let source = Softmax::<true> { scores, scale: self.scale, maximum, valid: &valid };
-            K::Weight::pack::<S, SPAN>(s, weights, vectors, &source);
+            K::Operand::pack::<S, SPAN>(s, weights, vectors, &source);
         } else {
             let source = Softmax::<false> { scores, scale: self.scale, maximum, valid: &valid };
-            K::Weight::pack::<S, SPAN>(s, weights, vectors, &source);
+            K::Operand::pack::<S, SPAN>(s, weights, vectors, &source);
         }
-        stats.add(1).write(K::Weight::total::<S, SPAN>(s, weights, vectors));
+        stats.add(1).write(K::Operand::total::<S, SPAN>(s, weights, vectors));
     }
 
     /// Puts weights times the scales of their values into the place of a row's scores; returns the sum of the weights.
@@ -240,12 +239,14 @@ impl Chunk<'_> {
     /// that adds nothing if those values are finite. If they are not, each row goes alone.
     #[inline(always)]
     unsafe fn values<S: Simd, K: Numbers>(&self, s: S) {
-        if K::Weight::INTEGERS || self.valid[0] == self.last() || self.unshared_are_finite::<S, K::Weight>(s)
+        if K::Operand::INTEGERS
+            || self.valid[0] == self.last()
+            || self.unshared_are_finite::<S, K::Operand>(s)
         {
             return self.values_together::<S, K>(s);
         }
         for row in 0..self.rows {
-            let weights = self.buffers.weights.add(row * row_bytes::<K::Weight, SPAN>());
+            let weights = self.buffers.weights.add(row * row_bytes::<K::Operand, SPAN>());
             let alone = Chunk {
                 rows: 1,
                 valid: [self.valid[row]; MAX_ROWS],
@@ -280,12 +281,12 @@ impl Chunk<'_> {
     #[inline(always)]
     unsafe fn values_together<S: Simd, K: Numbers>(&self, s: S) {
         let rows = tile_rows(self.rows);
-        let widest = widest::<S, K::Weight>(rows);
+        let widest = widest::<S, K::Operand>(rows);
         let vectors = self.layout.padded() / 16;
         let mut vector = 0;
         while vector < vectors {
             let width = widest.min(1 << (vectors - vector).ilog2());
-            register_tile!(s, rows, width, ValueTile::<K::Weight> { chunk: self, vector: vector });
+            register_tile!(s, rows, width, ValueTile::<K::Operand> { chunk: self, vector: vector });
             vector += width;
         }
     }

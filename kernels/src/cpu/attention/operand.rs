@@ -259,8 +259,8 @@ impl Operand for Halves {
     }
 }
 
-/// int8; rows are integers of one byte, or of two as `128 · high + low`, with one scale.
-pub(super) struct Bytes<const PARTS: usize>;
+/// int8; rows are integers `128 · high + low` of two bytes with one scale.
+pub(super) struct Bytes;
 
 /// What stands at the end of a packed row of integers.
 #[derive(Clone, Copy)]
@@ -269,17 +269,17 @@ struct IntegerEnd {
     sum: i32,
 }
 
-impl<const PARTS: usize> Operand for Bytes<PARTS> {
+impl Operand for Bytes {
     const STEP: usize = 4;
     const VECTOR: usize = 64;
     const BYTES: usize = 1;
-    const PARTS: usize = PARTS;
-    const SUMS: usize = PARTS;
+    const PARTS: usize = 2;
+    const SUMS: usize = 2;
     const EMULATED: bool = true;
     const INTEGERS: bool = true;
 
     type Stored<S: Simd> = S::I;
-    type Sum<S: Simd> = [S::I; PARTS];
+    type Sum<S: Simd> = [S::I; 2];
 
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const u8) -> S::I {
@@ -297,29 +297,20 @@ impl<const PARTS: usize> Operand for Bytes<PARTS> {
     }
 
     #[inline(always)]
-    unsafe fn zero<S: Simd>(s: S) -> [S::I; PARTS] {
-        [s.splat_i(0); PARTS]
+    unsafe fn zero<S: Simd>(s: S) -> [S::I; 2] {
+        [s.splat_i(0); 2]
     }
 
     #[inline(always)]
-    unsafe fn dot<S: Simd>(
-        s: S,
-        mut sum: [S::I; PARTS],
-        stored: S::I,
-        x: *const u8,
-        part: usize,
-    ) -> [S::I; PARTS] {
-        for index in 0..PARTS {
-            sum[index] = s.dot8(sum[index], stored, s.splat_bytes(x.add(index * part)));
-        }
-        sum
+    unsafe fn dot<S: Simd>(s: S, sum: [S::I; 2], stored: S::I, x: *const u8, part: usize) -> [S::I; 2] {
+        [s.dot8(sum[0], stored, s.splat_bytes(x)), s.dot8(sum[1], stored, s.splat_bytes(x.add(part)))]
     }
 
     /// No sum overflows: 512 · 255 · 16256 is below 2^31.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(s: S, sum: [S::I; PARTS], end: *const u8) -> S::F {
+    unsafe fn finish<S: Simd>(s: S, sum: [S::I; 2], end: *const u8) -> S::F {
         let end = *end.cast::<IntegerEnd>();
-        let whole = if PARTS == 1 { sum[0] } else { s.add_i(s.shl::<7>(sum[0]), sum[PARTS - 1]) };
+        let whole = s.add_i(s.shl::<7>(sum[0]), sum[1]);
         let signed = s.sub_i(whole, s.splat_i(S::BYTE_ZERO_POINT * end.sum));
         s.mul(s.to_f(signed), s.splat(end.scale))
     }
@@ -328,7 +319,7 @@ impl<const PARTS: usize> Operand for Bytes<PARTS> {
     #[inline(always)]
     unsafe fn pack<S: Simd, const N: usize>(s: S, row: *mut u8, vectors: usize, source: &impl Source) {
         // 127 · 128, so that the high byte stays in ±127.
-        let max = if PARTS == 1 { 127.0 } else { 16256.0 };
+        let max = 16256.0;
         let mut amax = s.splat_i(0);
         for index in 0..vectors {
             amax = s.max_u(amax, s.and(s.bits(source.vector(s, index)), s.splat_i(0x7fff_ffff)));
@@ -348,22 +339,18 @@ impl<const PARTS: usize> Operand for Bytes<PARTS> {
             let value = if inverse == 0.0 { s.splat_i(0) } else { s.to_i(scaled) };
             sum = s.add_i(sum, value);
             let out = row.cast::<i8>().add(index * 16);
-            if PARTS == 1 {
-                s.store_bytes(out, value);
-            } else {
-                // Nearest multiple of 128, so that what is left is in -64..64.
-                let high = s.sar::<7>(s.add_i(value, s.splat_i(64)));
-                s.store_bytes(out, high);
-                s.store_bytes(out.add(N), s.sub_i(value, s.shl::<7>(high)));
-            }
+            // Nearest multiple of 128, so that what is left is in -64..64.
+            let high = s.sar::<7>(s.add_i(value, s.splat_i(64)));
+            s.store_bytes(out, high);
+            s.store_bytes(out.add(N), s.sub_i(value, s.shl::<7>(high)));
         }
         let end = IntegerEnd { scale, sum: s.reduce_add_i(sum) };
-        row.add(PARTS * N).cast::<IntegerEnd>().write(end);
+        row.add(2 * N).cast::<IntegerEnd>().write(end);
     }
 
     #[inline(always)]
     unsafe fn total<S: Simd, const N: usize>(_s: S, row: *const u8, _vectors: usize) -> f32 {
-        let end = *row.add(PARTS * N).cast::<IntegerEnd>();
+        let end = *row.add(2 * N).cast::<IntegerEnd>();
         end.scale * end.sum as f32
     }
 }

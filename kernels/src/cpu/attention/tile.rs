@@ -97,8 +97,7 @@ impl Kernel for TileKernel<'_> {
         match (self.tile.kv.layout.dtype(), self.tile.precision) {
             (KvDType::Bf16, AttentionPrecision::Rounded) => self.compute::<S, RoundedPairs>(s),
             (KvDType::Bf16, AttentionPrecision::Split) => self.compute::<S, SplitPairs>(s),
-            (KvDType::Int8, AttentionPrecision::Rounded) => self.compute::<S, RoundedBytes>(s),
-            (KvDType::Int8, AttentionPrecision::Split) => self.compute::<S, SplitBytes>(s),
+            (KvDType::Int8, _) => self.compute::<S, Integers>(s),
             (KvDType::F32, _) => self.compute::<S, Single>(s),
             (KvDType::F16, _) => self.compute::<S, Half>(s),
         }
@@ -107,34 +106,29 @@ impl Kernel for TileKernel<'_> {
 
 /// What the cache's dtype and the precision make of a tile.
 pub(super) trait Numbers {
-    /// Queries and keys.
-    type Query: Operand;
-    /// Softmax weights and values.
-    type Weight: Operand;
+    /// Queries beside keys, and softmax weights beside values.
+    type Operand: Operand;
     /// Whether weights are rounded so much that a short polynomial gives the same.
     const SHORT_EXP2: bool;
 }
 
 macro_rules! numbers {
-    ($($name:ident: $query:ty, $weight:ty, $short:literal;)+) => {
+    ($($name:ident: $operand:ty, $short:literal;)+) => {
         $(struct $name;
 
         impl Numbers for $name {
-            type Query = $query;
-            type Weight = $weight;
+            type Operand = $operand;
             const SHORT_EXP2: bool = $short;
         })+
     };
 }
 
 numbers! {
-    RoundedPairs: Pairs<1>, Pairs<1>, true;
-    SplitPairs: Pairs<2>, Pairs<2>, false;
-    // Seven bits below the largest weight would lose the many small ones.
-    RoundedBytes: Bytes<1>, Bytes<2>, false;
-    SplitBytes: Bytes<2>, Bytes<2>, false;
-    Single: Floats, Floats, false;
-    Half: Halves, Halves, false;
+    RoundedPairs: Pairs<1>, true;
+    SplitPairs: Pairs<2>, false;
+    Integers: Bytes, false;
+    Single: Floats, false;
+    Half: Halves, false;
 }
 
 /// A query head.
@@ -154,7 +148,7 @@ impl TileKernel<'_> {
     #[inline(always)]
     unsafe fn compute<S: Simd, K: Numbers>(&self, s: S) {
         let rows = self.tile.rows();
-        let query_bytes = rows * row_bytes::<K::Query, MAX_HEAD_DIM>();
+        let query_bytes = rows * row_bytes::<K::Operand, MAX_HEAD_DIM>();
         self.pack_queries::<S, K>(s);
         let totals = self.scratch.add(query_bytes).cast::<f32>();
         let rest = self.scratch.add(query_bytes + rows * self.stride() * 4);
@@ -183,10 +177,10 @@ impl TileKernel<'_> {
         for token in 0..tile.num_tokens {
             for head in 0..tile.group {
                 let row = token * tile.group + head;
-                let packed = self.scratch.add(row * row_bytes::<K::Query, MAX_HEAD_DIM>());
+                let packed = self.scratch.add(row * row_bytes::<K::Operand, MAX_HEAD_DIM>());
                 let values = tile.queries.add(token * tile.query_stride + head * head_dim);
                 let vectors = tile.kv.layout.padded() / 16;
-                K::Query::pack::<S, MAX_HEAD_DIM>(s, packed, vectors, &Query { values, head_dim });
+                K::Operand::pack::<S, MAX_HEAD_DIM>(s, packed, vectors, &Query { values, head_dim });
             }
         }
     }
@@ -214,7 +208,7 @@ impl TileKernel<'_> {
                 layout: tile.kv.layout,
                 head_dim: tile.kv.head_dim,
                 blocks: &tile.blocks[start / BLOCK_SIZE..],
-                queries: self.scratch.add(row * row_bytes::<K::Query, MAX_HEAD_DIM>()),
+                queries: self.scratch.add(row * row_bytes::<K::Operand, MAX_HEAD_DIM>()),
                 rows: height,
                 valid: tile.valid(span, rows.clone()),
                 scale: tile.scale,
