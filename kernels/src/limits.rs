@@ -11,7 +11,7 @@ pub struct Limits {
     pub read_gb_per_s: f64,
     /// f32 fused multiply-add, 10¹² operations per second (a multiplication and an addition are two).
     pub f32_tflops: f64,
-    /// bf16 dot products.
+    /// bf16 dot products; where they are made of f32 multiply-adds, at least what those reach.
     pub bf16_tflops: f64,
     /// int8 dot products.
     pub int8_tops: f64,
@@ -24,9 +24,10 @@ const ROUNDS: usize = 12;
 /// Measures for about a quarter of a second. Each limit is the best of several rounds: a share computed against it should
 /// not exceed 1.
 pub fn measure(cpu: &Cpu) -> Limits {
+    let f32_tflops = peak(cpu, Peak::F32) / 1e12;
     Limits {
-        f32_tflops: peak(cpu, Peak::F32) / 1e12,
-        bf16_tflops: peak(cpu, Peak::Bf16) / 1e12,
+        f32_tflops,
+        bf16_tflops: (peak(cpu, Peak::Bf16) / 1e12).max(f32_tflops),
         int8_tops: peak(cpu, Peak::Int8) / 1e12,
         read_gb_per_s: read(cpu) / 1e9,
     }

@@ -1,7 +1,7 @@
 //! Times `Llama::forward` alone: no scheduler, no sampling, no text.
 //!
 //! ```sh
-//! cargo bench --package tandem-models --bench forward -- MODEL [prefill] [decode] [long] [--threads N] [--activations C]
+//! cargo bench --package tandem-models --bench forward -- MODEL [prefill] [decode] [long] [--threads N] [--isa I] [--activations C]
 //! ```
 //! Each row is the median of several runs, as milliseconds and tokens per second.
 
@@ -39,13 +39,14 @@ fn main() {
     let files = tandem_models::open(Path::new(model)).expect("a model");
     let threads = value("--threads").map(|n| n.parse().expect("a number of threads"));
     let activations = value("--activations").map_or(Activations::Int8, |c| c.parse().expect("a class"));
-    let cpu = Cpu::new(CpuOptions { isa: None, threads }).expect("a CPU");
+    let isa = value("--isa").map(|isa| isa.parse().expect("an instruction set"));
+    let cpu = Cpu::new(CpuOptions { isa, threads }).expect("a CPU");
     let options = LlamaOptions { activations, max_tokens: 512, max_logits_rows: 16 };
     let started = Instant::now();
     let mut llama =
         Llama::load(&cpu, model, files.config.clone(), &*files.weights(), options).expect("weights");
     println!("{model}: {} threads, {}, loaded in {:.2?}", cpu.threads(), cpu.isa(), started.elapsed());
-    let flags = [Some(model.as_str()), value("--threads"), value("--activations")];
+    let flags = [Some(model.as_str()), value("--threads"), value("--isa"), value("--activations")];
     let names: Vec<&String> =
         arguments.iter().filter(|a| !a.starts_with('-') && !flags.contains(&Some(a.as_str()))).collect();
     for case in &CASES {

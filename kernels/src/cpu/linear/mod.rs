@@ -172,8 +172,7 @@ impl<'a> Job<'a> {
         assert_eq!(x.cols(), weights.in_features(), "input of a linear layer");
         assert_eq!(x.class(), weights.activations(), "activation class of a linear layer");
         let kind = tile_kind(weights);
-        let scaled = !matches!(kind.weights, Weights::F32 | Weights::Bf16);
-        let shape = tile_shape(isa.isa(), scaled);
+        let shape = tile_shape(isa.isa(), kind.weights);
         let unit_panels = if matches!(output, Output::Gated(_)) { 4 } else { 2 };
         Self { isa, weights, x: x.view(), rows: x.rows(), output, kind, shape, unit_panels }
     }
@@ -373,17 +372,22 @@ fn tile_kind(weights: &Linear) -> TileKind {
     }
 }
 
-fn tile_shape(isa: Isa, scaled: bool) -> Shape {
+fn tile_shape(isa: Isa, weights: Weights) -> Shape {
     #[inline(always)]
-    const fn of<S: Simd>(scaled: bool) -> Shape {
-        Shape { rows: if scaled { S::BLOCK_ROWS } else { S::PLAIN_ROWS }, panels: S::PANELS }
+    const fn of<S: Simd>(weights: Weights) -> Shape {
+        let rows = match weights {
+            Weights::F32 => S::PLAIN_ROWS,
+            Weights::Bf16 => S::PAIR_ROWS,
+            Weights::Nibbles | Weights::Bytes => S::BLOCK_ROWS,
+        };
+        Shape { rows, panels: S::PANELS }
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => of::<super::simd::Avx512>(scaled),
+        Isa::Avx512 => of::<super::simd::Avx512>(weights),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => of::<super::simd::Avx2>(scaled),
-        _ => of::<super::simd::Scalar>(scaled),
+        Isa::Avx2 => of::<super::simd::Avx2>(weights),
+        _ => of::<super::simd::Scalar>(weights),
     }
 }
 

@@ -205,7 +205,7 @@ impl<const R: usize, const C: usize> Kernel for Bf16Tile<'_, R, C> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        if const { R > S::PLAIN_ROWS || C > S::PANELS } {
+        if const { R > S::PAIR_ROWS || C > S::PANELS } {
             unreachable!("no such tile on this ISA");
         }
         let t = self.0;

@@ -34,6 +34,7 @@ impl Simd for Avx512 {
     const BLOCK_ROWS: usize = 6;
     // 12 rows x 2 panels: 24 accumulators, 2 weights, 1 activation; 14 loads per 24 multiplications.
     const PLAIN_ROWS: usize = 12;
+    const PAIR_ROWS: usize = 12;
     const PANELS: usize = 2;
     const BYTE_ZERO_POINT: i32 = 128;
 

@@ -35,6 +35,8 @@ pub(crate) trait Simd: Copy {
     const BLOCK_ROWS: usize;
     /// The same for kernels with one accumulator per output.
     const PLAIN_ROWS: usize;
+    /// The same for pairs of bf16.
+    const PAIR_ROWS: usize;
     /// Panels of 16 columns in one register tile: 1 or 2.
     const PANELS: usize;
     /// What `dot8` takes for zero in a weight byte after its own conversion: its dot product is

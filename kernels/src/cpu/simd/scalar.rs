@@ -38,6 +38,7 @@ impl Simd for Scalar {
 
     const BLOCK_ROWS: usize = 2;
     const PLAIN_ROWS: usize = 2;
+    const PAIR_ROWS: usize = 2;
     const PANELS: usize = 1;
     const BYTE_ZERO_POINT: i32 = 0;
 
