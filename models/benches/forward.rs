@@ -44,7 +44,7 @@ fn main() {
     let options = LlamaOptions { activations, max_tokens: 512, max_logits_rows: 16 };
     let started = Instant::now();
     let mut llama =
-        Llama::load(&cpu, model, files.config.clone(), &*files.weights(), options).expect("weights");
+        Llama::load(&cpu, model, files.config.clone(), files.weights(), options).expect("weights");
     println!("{model}: {} threads, {}, loaded in {:.2?}", cpu.threads(), cpu.isa(), started.elapsed());
     let flags = [Some(model.as_str()), value("--threads"), value("--isa"), value("--activations")];
     let names: Vec<&String> =

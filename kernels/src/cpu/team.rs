@@ -11,8 +11,8 @@ use super::buffer::SharedMut;
 use super::isa::Detected;
 use super::{Cpu, Scratch};
 
-/// The most rows of a block that one worker takes: its inputs and outputs together fill half of a second-level cache of 1 MiB for a hidden size of a
-/// thousand, and a load of weights serves ten register tiles.
+/// The most rows of a block that one worker takes: its inputs and outputs together fill half of a second-level cache of
+/// 1 MiB for a hidden size of a thousand, and a load of weights serves ten register tiles.
 pub const BLOCK_ROWS: usize = 64;
 
 /// Below this many rows per worker, reading every weight once per worker costs more than sharing columns does.
@@ -110,5 +110,59 @@ impl Team<'_> {
             let start = item * per_item;
             job(start..rows.min(start + per_item));
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::CpuOptions;
+    use super::*;
+
+    fn cpu(threads: usize) -> Cpu {
+        Cpu::new(CpuOptions { threads: Some(threads), ..CpuOptions::default() }).unwrap()
+    }
+
+    #[test]
+    fn every_row_is_in_one_block_with_its_parts_of_the_buffers() {
+        for threads in [1, 2, 3] {
+            let cpu = cpu(threads);
+            for (rows, block_rows) in [(1, 1), (7, 7), (7, 9), (7, 3), (64, 16), (65, 16), (100, 1)] {
+                let (mut ones, mut pairs) = (vec![0.0; rows], vec![0.0; 2 * rows]);
+                cpu.for_row_blocks(
+                    rows,
+                    block_rows,
+                    [&mut ones, &mut pairs],
+                    |team, range, [ones, pairs]| {
+                        assert!(team.worker() < threads && range.len() <= block_rows);
+                        assert_eq!((ones.len(), pairs.len()), (range.len(), 2 * range.len()));
+                        for (i, row) in range.enumerate() {
+                            ones[i] += row as f32;
+                            pairs[2 * i] += row as f32;
+                            pairs[2 * i + 1] -= row as f32;
+                        }
+                    },
+                );
+                let expected: Vec<f32> = (0..rows).map(|row| row as f32).collect();
+                assert_eq!(ones, expected);
+                assert_eq!(pairs, expected.iter().flat_map(|&x| [x, -x]).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_are_small_and_even_and_only_of_many_rows() {
+        let cpu = cpu(2);
+        assert_eq!(cpu.block_rows(MIN_ROWS, 0), MIN_ROWS);
+        assert_eq!(cpu.block_rows(512, MAX_WEIGHTS + 1), 512);
+        for rows in 2 * MIN_ROWS..600 {
+            let block = cpu.block_rows(rows, MAX_WEIGHTS);
+            assert!(block <= BLOCK_ROWS && rows.div_ceil(block) >= 2, "{block} of {rows}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "values in 3 rows")]
+    fn buffers_of_broken_rows_are_refused() {
+        cpu(1).for_row_blocks(3, 1, [&mut [0.0; 4]], |_, _, _| {});
     }
 }

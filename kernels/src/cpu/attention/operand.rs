@@ -101,8 +101,10 @@ impl<const PARTS: usize> Operand for Pairs<PARTS> {
 
     #[inline(always)]
     unsafe fn dot<S: Simd>(s: S, sum: S::F, stored: S::I, x: *const u8, part: usize) -> S::F {
-        let sum = s.dot_bf16(sum, stored, s.splat_bytes(x));
-        if PARTS == 1 { sum } else { s.dot_bf16(sum, stored, s.splat_bytes(x.add(part))) }
+        if PARTS == 1 {
+            return s.dot_bf16(sum, stored, s.splat_bytes(x));
+        }
+        s.dot_bf16_split(sum, stored, s.splat_bytes(x), s.splat_bytes(x.add(part)))
     }
 
     #[inline(always)]

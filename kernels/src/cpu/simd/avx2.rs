@@ -81,6 +81,16 @@ impl Simd for Avx2 {
         };
     }
 
+    /// The sum of the two is exact in f32: one product takes the place of two.
+    #[inline(always)]
+    unsafe fn dot_bf16_split(self, acc: F, w: I, a: I, rest: I) -> F {
+        let high = self.splat_i(0xffff_0000_u32.cast_signed());
+        let even = |x: I| self.float_of_bits(self.shl::<16>(x));
+        let odd = |x: I| self.float_of_bits(self.and(x, high));
+        let (a_even, a_odd) = (self.add(even(a), even(rest)), self.add(odd(a), odd(rest)));
+        self.add(acc, self.fma(odd(w), a_odd, self.mul(even(w), a_even)))
+    }
+
     #[inline(always)]
     unsafe fn splat(self, x: f32) -> F {
         [_mm256_set1_ps(x); 2]

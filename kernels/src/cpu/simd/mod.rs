@@ -110,6 +110,11 @@ pub(crate) trait Simd: Copy {
 
     /// Adds to each lane the product of its pair of bf16 in `w` with the pair in `a`.
     unsafe fn dot_bf16(self, acc: Self::F, w: Self::I, a: Self::I) -> Self::F;
+    /// The same for numbers that are sums of two bf16, `a + rest`.
+    #[inline(always)]
+    unsafe fn dot_bf16_split(self, acc: Self::F, w: Self::I, a: Self::I, rest: Self::I) -> Self::F {
+        self.dot_bf16(self.dot_bf16(acc, w, a), w, rest)
+    }
     /// Starts a 4-bit dot product whose result has `init` added.
     unsafe fn dot4_start(self, init: Self::I) -> Self::Dot4;
     /// Adds to each lane four products of unsigned bytes of `w` (≤ 15) and signed bytes of `a`.
