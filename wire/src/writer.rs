@@ -1,0 +1,123 @@
+//! The sending half of a link.
+
+use std::io::{IoSlice, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::deadline::{Deadline, socket_timeout};
+use crate::error::{WireError, is_timeout};
+use crate::frame::{MAX_MESSAGE, frames};
+use crate::message::Incarnation;
+
+/// How long a frame may wait for the peer to take it, unless [`LinkWriter::set_write_timeout`] says otherwise.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Sends messages over a link. Clones send over the same link; messages never mix.
+#[derive(Debug)]
+pub struct LinkWriter {
+    stream: TcpStream,
+    timeout: Duration,
+    turn: Arc<Mutex<Turn>>,
+}
+
+/// What the clones of a writer share, held while a message is written.
+#[derive(Debug)]
+struct Turn {
+    /// The write timeout the socket has, so that it is set only when it changes.
+    armed: Option<Duration>,
+    /// A write has failed, perhaps inside a frame: nothing that follows would be understood.
+    failed: bool,
+}
+
+impl LinkWriter {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        let turn = Arc::new(Mutex::new(Turn { armed: None, failed: false }));
+        Self { stream, timeout: WRITE_TIMEOUT, turn }
+    }
+
+    /// Hands a message to the socket: one system call for a small one, one per frame of at most
+    /// [`MAX_FRAME`](crate::MAX_FRAME) for a long one.
+    ///
+    /// After an error other than [`WireError::MessageTooLarge`] the connection is shut down in both directions, as a
+    /// message may have been cut.
+    ///
+    /// # Errors
+    /// [`WireError::MessageTooLarge`] past [`MAX_MESSAGE`]; [`WireError::Stalled`] when the peer left no room for a
+    /// frame within the write timeout; [`WireError::Closed`] when the connection has ended.
+    pub fn send(
+        &mut self,
+        epoch: u64,
+        sender: Incarnation,
+        kind: u8,
+        payload: &[u8],
+    ) -> Result<(), WireError> {
+        if payload.len() > MAX_MESSAGE {
+            return Err(WireError::MessageTooLarge { len: payload.len() });
+        }
+        // Nothing panics while the lock is held, and if it did, `failed` would still say what is true.
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if turn.failed {
+            return Err(WireError::Closed);
+        }
+        for (header, part) in frames(epoch, sender, kind, payload) {
+            let written = write_all(&self.stream, &mut turn.armed, self.timeout, [&header, part]);
+            if let Err(error) = written {
+                turn.failed = true;
+                self.close();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// How long each frame of this writer's messages may wait for the peer to take it: the whole wait of a message that
+    /// fits a frame. At least the kernel's clock tick, at most a day.
+    pub fn set_write_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    /// Ends the connection in both directions, for all readers and writers of it on both sides. Calls that wait on it
+    /// return at once. What was sent before still arrives, unless the peer is sending too: that resets the connection.
+    pub fn close(&self) {
+        // The only failure is that the connection is down already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Another writer for the same link, for another thread. A send waits while another one's message is being written.
+    ///
+    /// # Errors
+    /// [`WireError::Io`] when the process has no file descriptor left.
+    pub fn try_clone(&self) -> Result<Self, WireError> {
+        let stream = self.stream.try_clone().map_err(WireError::Io)?;
+        Ok(Self { stream, timeout: self.timeout, turn: Arc::clone(&self.turn) })
+    }
+}
+
+/// Writes `parts` one after the other, within `timeout` for all of them.
+fn write_all(
+    mut stream: &TcpStream,
+    armed: &mut Option<Duration>,
+    timeout: Duration,
+    parts: [&[u8]; 2],
+) -> Result<(), WireError> {
+    let deadline = Deadline::after(timeout);
+    let mut wait = socket_timeout(timeout);
+    let mut slices = &mut parts.map(IoSlice::new)[..];
+    loop {
+        if *armed != Some(wait) {
+            stream.set_write_timeout(Some(wait)).map_err(WireError::io)?;
+            *armed = Some(wait);
+        }
+        match stream.write_vectored(slices) {
+            Ok(0) => return Err(WireError::Closed),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if is_timeout(&error) => {}
+            Err(error) => return Err(WireError::io(error)),
+        }
+        if slices.is_empty() {
+            return Ok(());
+        }
+        wait = deadline.remaining().ok_or(WireError::Stalled)?;
+    }
+}
