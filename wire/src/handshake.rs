@@ -19,7 +19,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
-use crate::deadline::Deadline;
+use crate::deadline::{Deadline, socket_timeout};
 use crate::error::{WireError, is_timeout};
 use crate::key::GroupKey;
 use crate::link::Link;
@@ -154,7 +154,7 @@ impl Wire {
         let mut len = 0;
         while len < N {
             let remaining = self.deadline.remaining().ok_or(WireError::HandshakeTimeout)?;
-            self.stream.set_read_timeout(Some(remaining)).map_err(WireError::io)?;
+            self.stream.set_read_timeout(Some(socket_timeout(remaining))).map_err(WireError::io)?;
             match self.stream.read(&mut bytes[len..]) {
                 Ok(0) => return Err(WireError::Closed),
                 Ok(read) => len += read,
@@ -168,7 +168,7 @@ impl Wire {
     fn write(&mut self, mut bytes: &[u8]) -> Result<(), WireError> {
         while !bytes.is_empty() {
             let remaining = self.deadline.remaining().ok_or(WireError::HandshakeTimeout)?;
-            self.stream.set_write_timeout(Some(remaining)).map_err(WireError::io)?;
+            self.stream.set_write_timeout(Some(socket_timeout(remaining))).map_err(WireError::io)?;
             match self.stream.write(bytes) {
                 Ok(0) => return Err(WireError::Closed),
                 Ok(written) => bytes = &bytes[written..],

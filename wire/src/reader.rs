@@ -1,10 +1,12 @@
 //! The receiving half of a link.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{self, Read};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::time::Duration;
+
+use rustix::net::RecvFlags;
 
 use crate::deadline::{Deadline, socket_timeout};
 use crate::error::{WireError, is_timeout};
@@ -23,19 +25,36 @@ pub struct LinkReader {
     assembler: Assembler,
     /// The read timeout the socket has, so that it is set only when it changes.
     armed: Option<Duration>,
+    spin: Duration,
     failed: bool,
 }
 
 impl LinkReader {
     pub(crate) fn new(stream: TcpStream) -> Self {
         let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self { stream, buffer, unread: 0..0, assembler: Assembler::default(), armed: None, failed: false }
+        Self {
+            stream,
+            buffer,
+            unread: 0..0,
+            assembler: Assembler::default(),
+            armed: None,
+            spin: Duration::ZERO,
+            failed: false,
+        }
+    }
+
+    /// How long [`recv`](Self::recv) asks the socket again and again, from its start and from each arrival of bytes,
+    /// before it sleeps. Zero at first. To wake a sleeping thread takes 10 to 100 µs, the more the deeper its CPU sleeps
+    /// and on virtual machines; spinning avoids that and is worth a CPU only to a reader whose peer is about to send.
+    pub fn set_spin(&mut self, spin: Duration) {
+        self.spin = spin;
     }
 
     /// The next message, or `None` when it is not whole within `timeout`. What has arrived of it is kept: the next call
     /// goes on there. A message that came together with an earlier one costs no system call.
     ///
-    /// The wait is at least a tick of the kernel's clock (1 to 4 ms), also for a timeout of zero, and at most a day.
+    /// A timeout of zero takes what is there and does not wait. Any other is at least a tick of the kernel's clock (1 to
+    /// 10 ms) and at most a day.
     ///
     /// # Errors
     /// [`WireError::Closed`] at the end of the connection, in order or not, and after any other error, each of which
@@ -54,24 +73,44 @@ impl LinkReader {
             return Ok(Some(message));
         }
         let deadline = Deadline::after(timeout);
-        let mut wait = socket_timeout(timeout);
+        let mut spinning_ends = Deadline::after(self.spin);
+        let mut remaining = deadline.remaining();
         loop {
-            if self.armed != Some(wait) {
-                self.stream.set_read_timeout(Some(wait)).map_err(WireError::io)?;
-                self.armed = Some(wait);
-            }
-            match self.stream.read(&mut self.buffer) {
+            let read = match remaining.filter(|_| spinning_ends.remaining().is_none()) {
+                Some(wait) => self.read_within(wait),
+                None => self.read_at_once(),
+            };
+            match read {
                 Ok(0) => return Err(WireError::Closed),
-                Ok(read) => self.unread = 0..read,
-                Err(error) if is_timeout(&error) => {}
+                Ok(read) => {
+                    self.unread = 0..read;
+                    if let Some(message) = self.take_unread()? {
+                        return Ok(Some(message));
+                    }
+                    spinning_ends = Deadline::after(self.spin);
+                }
+                Err(error) if is_timeout(&error) => std::hint::spin_loop(),
                 Err(error) => return Err(WireError::io(error)),
             }
-            if let Some(message) = self.take_unread()? {
-                return Ok(Some(message));
+            remaining = deadline.remaining();
+            if remaining.is_none() {
+                return Ok(None);
             }
-            let Some(remaining) = deadline.remaining() else { return Ok(None) };
-            wait = remaining;
         }
+    }
+
+    fn read_within(&mut self, wait: Duration) -> io::Result<usize> {
+        let wait = socket_timeout(wait);
+        if self.armed != Some(wait) {
+            self.stream.set_read_timeout(Some(wait))?;
+            self.armed = Some(wait);
+        }
+        self.stream.read(&mut self.buffer)
+    }
+
+    fn read_at_once(&mut self) -> io::Result<usize> {
+        let (_, read) = rustix::net::recv(&self.stream, &mut self.buffer[..], RecvFlags::DONTWAIT)?;
+        Ok(read)
     }
 
     /// A message that the bytes read so far make whole. Without one, all of them are taken.

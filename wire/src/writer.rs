@@ -102,9 +102,10 @@ fn write_all(
     parts: [&[u8]; 2],
 ) -> Result<(), WireError> {
     let deadline = Deadline::after(timeout);
-    let mut wait = socket_timeout(timeout);
+    let mut remaining = timeout;
     let mut slices = &mut parts.map(IoSlice::new)[..];
     loop {
+        let wait = socket_timeout(remaining);
         if *armed != Some(wait) {
             stream.set_write_timeout(Some(wait)).map_err(WireError::io)?;
             *armed = Some(wait);
@@ -118,6 +119,6 @@ fn write_all(
         if slices.is_empty() {
             return Ok(());
         }
-        wait = deadline.remaining().ok_or(WireError::Stalled)?;
+        remaining = deadline.remaining().ok_or(WireError::Stalled)?;
     }
 }

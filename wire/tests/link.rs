@@ -167,6 +167,49 @@ fn waiting_ends_at_the_timeout_whatever_trickles_in() {
 }
 
 #[test]
+fn a_timeout_of_zero_takes_what_is_there() {
+    let (mut stream, mut reader) = raw();
+    let start = Instant::now();
+    for _ in 0..1000 {
+        assert_eq!(reader.recv(Duration::ZERO).unwrap(), None);
+    }
+    // A kernel tick for each would take a second or more.
+    assert!(start.elapsed() < Duration::from_millis(700), "{:?}", start.elapsed());
+    stream.write_all(&frame(&[4; 100_000])).unwrap();
+    let message = loop {
+        if let Some(message) = reader.recv(Duration::ZERO).unwrap() {
+            break message;
+        }
+    };
+    assert_eq!(message.payload, [4; 100_000]);
+    drop(stream);
+    assert!(matches!(reader.recv(Duration::ZERO), Err(WireError::Closed)));
+}
+
+#[test]
+fn a_spinning_reader_receives_the_same_and_keeps_its_deadline() {
+    let (mut writer, mut reader, _open) = one_way();
+    for spin in [Duration::from_micros(50), Duration::MAX] {
+        reader.set_spin(spin);
+        let start = Instant::now();
+        assert_eq!(reader.recv(Duration::from_millis(50)).unwrap(), None);
+        let elapsed = start.elapsed();
+        assert!(elapsed >= Duration::from_millis(50) && elapsed < Duration::from_secs(1), "{elapsed:?}");
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for len in [0, 1, 300_000] {
+                    thread::sleep(Duration::from_millis(5));
+                    writer.send(1, SENDER, 1, &vec![6; len]).unwrap();
+                }
+            });
+            for len in [0, 1, 300_000] {
+                assert!(receive(&mut reader).payload == vec![6; len], "{len}");
+            }
+        });
+    }
+}
+
+#[test]
 fn the_end_of_the_stream_is_closed_between_and_inside_frames() {
     for cut in [0, 3, 30, 33] {
         let (mut stream, mut reader) = raw();
