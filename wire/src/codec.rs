@@ -1,7 +1,7 @@
 //! Payloads: plain values one after the other, little-endian, with a length before everything that has one.
 //!
-//! Both sides have to agree on the order; nothing in the bytes says what a value is. A [`Decoder`] reads hostile bytes:
-//! it takes memory only for what is there, and each error says where.
+//! Both sides have to agree on the order; nothing in the bytes says what a value is. A [`Decoder`] reads
+//! hostile bytes: it takes memory only for what is there, and each error says where.
 
 /// Writes values.
 #[derive(Clone, Debug, Default)]
@@ -39,7 +39,7 @@ impl Encoder {
     /// A `u32` length, then the bytes.
     ///
     /// # Panics
-    /// If there are more than `u32::MAX`, as in the other methods with a length: no message holds a 64th of that.
+    /// If there are more than `u32::MAX`, as in the other methods with a length: no message holds that many.
     pub fn bytes(&mut self, value: &[u8]) -> &mut Self {
         self.len(value.len()).raw(value)
     }
@@ -223,7 +223,8 @@ impl<'a> Decoder<'a> {
     /// A list of what `decode` reads, of which each item takes at least `min_item_bytes` (counted as 1 if 0).
     ///
     /// # Errors
-    /// [`DecodeError::Truncated`] when that many items cannot be there, before memory is taken, and what `decode` says.
+    /// [`DecodeError::Truncated`] when that many items cannot be there, before memory is taken, and what
+    /// `decode` says.
     pub fn list<T>(
         &mut self,
         min_item_bytes: usize,
@@ -284,8 +285,8 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Items to take memory for before one has been read. They may be larger in memory than in the payload: what goes beyond
-/// the bytes that are left grows only as items turn out to be there.
+/// Items to take memory for before one has been read. They may be larger in memory than in the payload: what
+/// goes beyond the bytes that are left grows only as items turn out to be there.
 fn first_capacity<T>(num_items: u32, bytes_left: usize) -> usize {
     (num_items as usize).min(bytes_left / size_of::<T>().max(1))
 }
@@ -398,10 +399,12 @@ mod tests {
         #[test]
         fn values_come_back(
             wide in any::<u128>(), text in ".{0,40}", blob in prop::collection::vec(any::<u8>(), 0..200),
-            list in prop::collection::vec(any::<u32>(), 0..50), maybe in any::<Option<u64>>(), bits in any::<u32>(),
+            list in prop::collection::vec(any::<u32>(), 0..50), maybe in any::<Option<u64>>(),
+            bits in any::<u32>(),
         ) {
             let mut encoder = Encoder::new();
-            encoder.u128(wide).str(&text).bytes(&blob).u32s(&list).option(maybe, Encoder::u64).f32(f32::from_bits(bits));
+            encoder.u128(wide).str(&text).bytes(&blob).u32s(&list);
+            encoder.option(maybe, Encoder::u64).f32(f32::from_bits(bits));
             let bytes = encoder.into_bytes();
             let mut decoder = Decoder::new(&bytes);
             prop_assert_eq!(decoder.u128(), Ok(wide));
@@ -415,7 +418,8 @@ mod tests {
 
         #[test]
         fn any_bytes_are_read_without_a_panic(
-            bytes in prop::collection::vec(any::<u8>(), 0..300), calls in prop::collection::vec(0u8..12, 0..40),
+            bytes in prop::collection::vec(any::<u8>(), 0..300),
+            calls in prop::collection::vec(0u8..12, 0..40),
         ) {
             let mut decoder = Decoder::new(&bytes);
             let mut taken = 0;

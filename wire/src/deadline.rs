@@ -20,8 +20,9 @@ impl Deadline {
     }
 }
 
-/// `timeout` for a socket: in whole milliseconds, rounded up, and at least one, since zero would mean to wait forever.
-/// The kernel counts in ticks that are no finer; and what is left of one timeout is, mostly, the value the socket has.
+/// `timeout` for a socket: in whole milliseconds, rounded up, and at least one, since zero would mean to wait
+/// forever. The kernel counts in ticks that are no finer; and what is left of one timeout is, mostly, the
+/// value the socket has.
 pub(crate) fn socket_timeout(timeout: Duration) -> Duration {
     let ms = timeout.min(LONGEST).as_nanos().div_ceil(1_000_000).max(1);
     Duration::from_millis(ms as u64)

@@ -38,7 +38,8 @@ pub enum WireError {
     /// This process has a group key and the peer has none.
     #[error("this process has a group key and the peer has none: give both the same key")]
     PeerKeyMissing,
-    /// The peer's group key is another one; also what the side that dialled sees when its own proof was refused.
+    /// The peer's group key is another one; also what the side that dialled sees when its own proof was
+    /// refused.
     #[error("the peer's group key is another one: give both the same key")]
     WrongKey,
     /// The two sides speak different versions of this protocol.
@@ -66,7 +67,8 @@ pub enum WireError {
     /// The handshake was not over at its deadline.
     #[error("the peer did not finish the handshake in time")]
     HandshakeTimeout,
-    /// The connection has ended, whether in order, by a reset, or by an earlier error of this reader or writer.
+    /// The connection has ended, whether in order, by a reset, or by an earlier error of this reader or
+    /// writer.
     #[error("the connection is closed")]
     Closed,
     /// The peer did not take a frame within the write timeout.
@@ -109,7 +111,8 @@ impl WireError {
     }
 }
 
-/// Whether a read or write ended because its timeout passed or a signal came, so that the caller's deadline decides.
+/// Whether a read or write ended because its timeout passed or a signal came, so that the caller's deadline
+/// decides.
 pub(crate) fn is_timeout(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
     matches!(error.kind(), Interrupted | TimedOut | WouldBlock)

@@ -6,9 +6,10 @@
 //!           u32      u64     u128      u8     u8
 //! ```
 //!
-//! Little-endian. The length counts what follows it. Flag 1: more frames of this message follow. A frame is at most
-//! [`MAX_FRAME`] bytes long, so a long message is several frames, all with the same epoch, sender and kind, and a frame
-//! that is not its message's last one has a payload: otherwise a message could go on forever without growing.
+//! Little-endian. The length counts what follows it. Flag 1: more frames of this message follow. A frame is
+//! at most [`MAX_FRAME`] bytes long, so a long message is several frames, all with the same epoch, sender and
+//! kind, and a frame that is not its message's last one has a payload: otherwise a message could go on
+//! forever without growing.
 
 use crate::error::WireError;
 use crate::message::{Incarnation, Message};
@@ -30,7 +31,8 @@ pub(crate) const MAX_FRAME_PAYLOAD: usize = MAX_FRAME - HEADER;
 
 const FLAG_MORE: u8 = 1;
 
-/// The frames of one message in order, each a header and its part of `payload`. An empty payload is one frame.
+/// The frames of one message in order, each a header and its part of `payload`. An empty payload is one
+/// frame.
 pub(crate) fn frames(
     epoch: u64,
     sender: Incarnation,
@@ -46,8 +48,8 @@ pub(crate) fn frames(
     })
 }
 
-/// Puts messages together from bytes, however these are cut. After an error it must not be used again: where the next
-/// frame begins is unknown.
+/// Puts messages together from bytes, however these are cut. After an error it must not be used again: where
+/// the next frame begins is unknown.
 #[derive(Default)]
 pub(crate) struct Assembler {
     header: [u8; HEADER],
@@ -374,7 +376,8 @@ mod tests {
             sent in prop::collection::vec(any_message(), 0..6),
             chunk_lens in prop::collection::vec(1..200usize, 1..40),
         ) {
-            let bytes: Vec<u8> = sent.iter().flat_map(|(message, part)| encode_in_parts(message, *part)).collect();
+            let bytes: Vec<u8> =
+                sent.iter().flat_map(|(message, part)| encode_in_parts(message, *part)).collect();
             let mut rest = &bytes[..];
             let chunks = chunk_lens.iter().cycle().map_while(|len| {
                 (!rest.is_empty()).then(|| take_up_to(&mut rest, *len))

@@ -1,4 +1,4 @@
-//! Who is at the other end: a mutual challenge and response, and the only bytes that a stranger gets looked at.
+//! Who is at the other end: a mutual challenge and response, and all that is looked at of a stranger.
 //!
 //! ```text
 //! dialer                                      acceptor
@@ -8,11 +8,12 @@
 //!                                        ◀── proof = H(key, "A" ‖ hello ‖ hello), or 32 zero bytes: refused
 //! ```
 //!
-//! A hello is 40 bytes, a proof 32; without keys there are no proofs. `H` is BLAKE3 under the purpose's key, over both
-//! hellos as they were sent, the dialer's first. The dialer proves first, so an acceptor computes nothing under the key
-//! for a stranger to collect; the role's letter makes a proof that is sent back worthless; the nonces make an old one
-//! worthless. Each side sends its hello before it judges the other's, so that both can say what does not fit. A later
-//! version keeps the size of the hello and the place of its magic and version.
+//! A hello is 40 bytes, a proof 32; without keys there are no proofs. `H` is BLAKE3 under the purpose's key,
+//! over both hellos as they were sent, the dialer's first. The dialer proves first, so an acceptor computes
+//! nothing under the key for a stranger to collect; the role's letter makes a proof that is sent back
+//! worthless; the nonces make an old one worthless. Each side sends its hello before it judges the other's,
+//! so that both can say what does not fit. A later version keeps the size of the hello and the place of its
+//! magic and version.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -37,7 +38,8 @@ const PROOF: usize = 32;
 const REFUSED: [u8; PROOF] = [0; PROOF];
 const FLAG_KEY: u8 = 1;
 
-/// What a connection is for. It is part of what both sides prove, so none can be passed off as one of another purpose.
+/// What a connection is for. It is part of what both sides prove, so none can be passed off as one of another
+/// purpose.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Purpose {
     /// Step plans, heartbeats and membership.
@@ -46,13 +48,13 @@ pub enum Purpose {
     Collective,
 }
 
-/// Makes a link of a connection that this side has dialled, within `deadline` from now ([`HANDSHAKE_TIMEOUT`] unless
-/// there is a reason). Without a key on both sides, both addresses have to be loopback.
+/// Makes a link of a connection that this side has dialled, within `deadline` from now ([`HANDSHAKE_TIMEOUT`]
+/// unless there is a reason). Without a key on both sides, both addresses have to be loopback.
 ///
 /// # Errors
 /// [`WireError::HandshakeTimeout`], [`WireError::Closed`], [`WireError::Hello`], [`WireError::Version`],
-/// [`WireError::Purpose`], [`WireError::LocalKeyMissing`], [`WireError::PeerKeyMissing`], [`WireError::KeyRequired`],
-/// [`WireError::WrongKey`], or [`WireError::Io`]; the connection is then closed.
+/// [`WireError::Purpose`], [`WireError::LocalKeyMissing`], [`WireError::PeerKeyMissing`],
+/// [`WireError::KeyRequired`], [`WireError::WrongKey`], or [`WireError::Io`]; the connection is then closed.
 pub fn dial(
     stream: TcpStream,
     key: Option<&GroupKey>,
@@ -74,8 +76,8 @@ pub fn dial(
     wire.finish()
 }
 
-/// Makes a link of a connection that this side has accepted, within `deadline` from now, and says what it is for.
-/// With `purpose`, no other one is accepted. The rules about keys are those of [`dial`].
+/// Makes a link of a connection that this side has accepted, within `deadline` from now, and says what it is
+/// for. With `purpose`, no other one is accepted. The rules about keys are those of [`dial`].
 ///
 /// # Errors
 /// Those of [`dial`]; the connection is then closed.
@@ -94,7 +96,7 @@ pub fn accept(
         let transcript = Transcript { key: key.for_purpose(purpose), dialer: &peer, acceptor: &local };
         // `Hash` compares in constant time.
         if transcript.proof(Role::Dialer) != blake3::Hash::from_bytes(wire.read()?) {
-            // Tells the dialer why, if it still listens; what this side reports stays the same if it does not.
+            // Tells the dialer why, if it still listens; what this side reports is the same either way.
             let _ = wire.write(&REFUSED);
             return Err(WireError::WrongKey);
         }
@@ -186,7 +188,8 @@ impl Wire {
     }
 }
 
-/// The first bytes of each side: magic, version, purpose, flags, nonce. Kept as they came, since the proofs cover them.
+/// The first bytes of each side: magic, version, purpose, flags, nonce. Kept as they came, since the proofs
+/// cover them.
 struct Hello {
     version: u16,
     purpose: u8,
@@ -271,8 +274,8 @@ impl fmt::Display for Purpose {
     }
 }
 
-/// Whether a connection between these addresses cannot leave the machine. An IPv4 address inside an IPv6 one counts as
-/// what it stands for.
+/// Whether a connection between these addresses cannot leave the machine. An IPv4 address inside an IPv6 one
+/// counts as what it stands for.
 fn are_loopback(local: IpAddr, peer: IpAddr) -> bool {
     local.to_canonical().is_loopback() && peer.to_canonical().is_loopback()
 }

@@ -11,8 +11,8 @@ use crate::handshake::Purpose;
 const MIN_KEY: usize = 16;
 const MAX_KEY: usize = 4096;
 
-/// The group's shared secret, 16 to 4096 bytes. Only keys derived from it stay in memory, one per [`Purpose`], and
-/// `Debug` shows none of them.
+/// The group's shared secret, 16 to 4096 bytes. Only keys derived from it stay in memory, one per
+/// [`Purpose`], and `Debug` shows none of them.
 #[derive(Clone)]
 pub struct GroupKey {
     control: [u8; 32],
@@ -23,7 +23,8 @@ impl GroupKey {
     /// Reads the key from a regular file; one newline at its end is not part of the key.
     ///
     /// # Errors
-    /// [`WireError::KeyFile`] names the file and the reason: not readable, no regular file, empty, too short or long.
+    /// [`WireError::KeyFile`] names the file and the reason: not readable, no regular file, empty, too short
+    /// or long.
     pub fn from_file(path: &Path) -> Result<Self, WireError> {
         let refuse = |reason: String| WireError::KeyFile { file: path.display().to_string(), reason };
         // Asked before opening: to open a pipe would wait for its writer.

@@ -6,7 +6,8 @@ use crate::error::WireError;
 use crate::reader::LinkReader;
 use crate::writer::LinkWriter;
 
-/// An authenticated connection, made by [`dial`](crate::dial) or [`accept`](crate::accept). Dropping it closes it.
+/// An authenticated connection, made by [`dial`](crate::dial) or [`accept`](crate::accept). Dropping it
+/// closes it.
 #[derive(Debug)]
 pub struct Link {
     stream: TcpStream,
@@ -19,8 +20,8 @@ impl Link {
         Self { stream, local, peer }
     }
 
-    /// The two directions, each for a thread of its own. The connection ends when both are dropped, or when either
-    /// side closes it ([`LinkWriter::close`]).
+    /// The two directions, each for a thread of its own. The connection ends when both are dropped, or when
+    /// either side closes it ([`LinkWriter::close`]).
     ///
     /// # Errors
     /// [`WireError::Io`] when the process has no file descriptor left.
@@ -29,7 +30,8 @@ impl Link {
         Ok((LinkReader::new(self.stream), LinkWriter::new(writing)))
     }
 
-    /// The bare stream, for a protocol other than messages: no delay of small writes, no timeouts, nothing read ahead.
+    /// The bare stream, for a protocol other than messages: no delay of small writes, no timeouts, nothing
+    /// read ahead.
     pub fn into_stream(self) -> TcpStream {
         self.stream
     }

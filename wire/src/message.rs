@@ -15,7 +15,8 @@ pub struct Message {
     pub payload: Vec<u8>,
 }
 
-/// One life of a process: a number drawn when it starts, so that a restarted peer is never taken for its predecessor.
+/// One life of a process: a number drawn when it starts, so that a restarted peer is never taken for its
+/// predecessor.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Incarnation(pub u128);
 

@@ -43,22 +43,23 @@ impl LinkReader {
         }
     }
 
-    /// How long [`recv`](Self::recv) asks the socket again and again, from its start and from each arrival of bytes,
-    /// before it sleeps. Zero at first. To wake a sleeping thread takes 10 to 100 µs, the more the deeper its CPU sleeps
-    /// and on virtual machines; spinning avoids that and is worth a CPU only to a reader whose peer is about to send.
+    /// How long [`recv`](Self::recv) asks the socket again and again, from its start and from each arrival of
+    /// bytes, before it sleeps. Zero at first. To wake a sleeping thread takes 10 to 100 µs, the more the
+    /// deeper its CPU sleeps and on virtual machines; spinning avoids that and is worth a CPU only to a
+    /// reader whose peer is about to send.
     pub fn set_spin(&mut self, spin: Duration) {
         self.spin = spin;
     }
 
-    /// The next message, or `None` when it is not whole within `timeout`. What has arrived of it is kept: the next call
-    /// goes on there. A message that came together with an earlier one costs no system call.
+    /// The next message, or `None` when it is not whole within `timeout`. What has arrived of it is kept: the
+    /// next call goes on there. A message that came together with an earlier one costs no system call.
     ///
-    /// A timeout of zero takes what is there and does not wait. Any other is at least a tick of the kernel's clock (1 to
-    /// 10 ms) and at most a day.
+    /// A timeout of zero takes what is there and does not wait. Any other is at least a tick of the kernel's
+    /// clock (1 to 10 ms) and at most a day.
     ///
     /// # Errors
-    /// [`WireError::Closed`] at the end of the connection, in order or not, and after any other error, each of which
-    /// means that the peer broke the protocol: the caller should then drop or close the link.
+    /// [`WireError::Closed`] at the end of the connection, in order or not, and after any other error, each
+    /// of which means that the peer broke the protocol: the caller should then drop or close the link.
     pub fn recv(&mut self, timeout: Duration) -> Result<Option<Message>, WireError> {
         if self.failed {
             return Err(WireError::Closed);

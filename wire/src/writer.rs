@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::deadline::{Deadline, socket_timeout};
@@ -10,7 +10,8 @@ use crate::error::{WireError, is_timeout};
 use crate::frame::{MAX_MESSAGE, frames};
 use crate::message::Incarnation;
 
-/// How long a frame may wait for the peer to take it, unless [`LinkWriter::set_write_timeout`] says otherwise.
+/// How long a frame may wait for the peer to take it, unless [`LinkWriter::set_write_timeout`] says
+/// otherwise.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sends messages over a link. Clones send over the same link; messages never mix.
@@ -18,33 +19,25 @@ pub const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct LinkWriter {
     stream: TcpStream,
     timeout: Duration,
-    turn: Arc<Mutex<Turn>>,
-}
-
-/// What the clones of a writer share, held while a message is written.
-#[derive(Debug)]
-struct Turn {
-    /// The write timeout the socket has, so that it is set only when it changes.
-    armed: Option<Duration>,
-    /// A write has failed, perhaps inside a frame: nothing that follows would be understood.
-    failed: bool,
+    /// Held while a message is written: the write timeout the socket has, so that it is set only when it
+    /// changes.
+    armed: Arc<Mutex<Option<Duration>>>,
 }
 
 impl LinkWriter {
     pub(crate) fn new(stream: TcpStream) -> Self {
-        let turn = Arc::new(Mutex::new(Turn { armed: None, failed: false }));
-        Self { stream, timeout: WRITE_TIMEOUT, turn }
+        Self { stream, timeout: WRITE_TIMEOUT, armed: Arc::default() }
     }
 
     /// Hands a message to the socket: one system call for a small one, one per frame of at most
     /// [`MAX_FRAME`](crate::MAX_FRAME) for a long one.
     ///
-    /// After an error other than [`WireError::MessageTooLarge`] the connection is shut down in both directions, as a
-    /// message may have been cut.
+    /// After an error other than [`WireError::MessageTooLarge`] the connection is shut down in both
+    /// directions, as a message may have been cut.
     ///
     /// # Errors
-    /// [`WireError::MessageTooLarge`] past [`MAX_MESSAGE`]; [`WireError::Stalled`] when the peer left no room for a
-    /// frame within the write timeout; [`WireError::Closed`] when the connection has ended.
+    /// [`WireError::MessageTooLarge`] past [`MAX_MESSAGE`]; [`WireError::Stalled`] when the peer left no room
+    /// for a frame within the write timeout; [`WireError::Closed`] when the connection has ended.
     pub fn send(
         &mut self,
         epoch: u64,
@@ -55,15 +48,11 @@ impl LinkWriter {
         if payload.len() > MAX_MESSAGE {
             return Err(WireError::MessageTooLarge { len: payload.len() });
         }
-        // Nothing panics while the lock is held, and if it did, `failed` would still say what is true.
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        if turn.failed {
-            return Err(WireError::Closed);
-        }
+        let mut armed = self.armed.lock().expect("nothing panics while a message is written");
         for (header, part) in frames(epoch, sender, kind, payload) {
-            let written = write_all(&self.stream, &mut turn.armed, self.timeout, [&header, part]);
+            let written = write_all(&self.stream, &mut armed, self.timeout, [&header, part]);
             if let Err(error) = written {
-                turn.failed = true;
+                // What follows a cut frame would not be understood: from here on the socket refuses to send.
                 self.close();
                 return Err(error);
             }
@@ -71,26 +60,28 @@ impl LinkWriter {
         Ok(())
     }
 
-    /// How long each frame of this writer's messages may wait for the peer to take it: the whole wait of a message that
-    /// fits a frame. At least the kernel's clock tick, at most a day.
+    /// How long each frame of this writer's messages may wait for the peer to take it: the whole wait of a
+    /// message that fits a frame. At least the kernel's clock tick, at most a day.
     pub fn set_write_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
     }
 
-    /// Ends the connection in both directions, for all readers and writers of it on both sides. Calls that wait on it
-    /// return at once. What was sent before still arrives, unless the peer is sending too: that resets the connection.
+    /// Ends the connection in both directions, for all readers and writers of it on both sides. Calls that
+    /// wait on it return at once. What was sent before still arrives, unless the peer is sending too: that
+    /// resets the connection.
     pub fn close(&self) {
         // The only failure is that the connection is down already.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    /// Another writer for the same link, for another thread. A send waits while another one's message is being written.
+    /// Another writer for the same link, for another thread. A send waits while another one's message is
+    /// being written.
     ///
     /// # Errors
     /// [`WireError::Io`] when the process has no file descriptor left.
     pub fn try_clone(&self) -> Result<Self, WireError> {
         let stream = self.stream.try_clone().map_err(WireError::Io)?;
-        Ok(Self { stream, timeout: self.timeout, turn: Arc::clone(&self.turn) })
+        Ok(Self { stream, timeout: self.timeout, armed: Arc::clone(&self.armed) })
     }
 }
 

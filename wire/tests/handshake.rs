@@ -1,5 +1,5 @@
-//! The handshake against honest peers, wrong ones and hostile ones, over real sockets. Hostile sides are written by hand
-//! from the documented layout, so the tests also hold the layout in place.
+//! The handshake against honest peers, wrong ones and hostile ones, over real sockets. Hostile sides are
+//! written by hand from the documented layout, so the tests also hold the layout in place.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
