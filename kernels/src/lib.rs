@@ -14,6 +14,7 @@
 //! Operations check the shapes of their arguments and panic on a mismatch: callers derive shapes from a validated
 //! configuration, so a mismatch is a bug. What comes from files or options is checked with a [`KernelError`].
 
+pub mod comm;
 pub mod cpu;
 mod dtype;
 mod error;
@@ -22,3 +23,6 @@ pub mod sampling;
 
 pub use dtype::{Activations, AttentionPrecision, DType, Isa, KvDType, Matrix};
 pub use error::KernelError;
+
+/// Grows with every change of an operation's order or rounding: two processes whose results may meet have the same.
+pub const NUMERICS_VERSION: u32 = 1;

@@ -41,7 +41,12 @@ fn main() {
     let activations = value("--activations").map_or(Activations::Int8, |c| c.parse().expect("a class"));
     let isa = value("--isa").map(|isa| isa.parse().expect("an instruction set"));
     let cpu = Cpu::new(CpuOptions { isa, threads }).expect("a CPU");
-    let options = LlamaOptions { activations, max_tokens: 512, max_logits_rows: 16 };
+    let options = LlamaOptions {
+        activations,
+        max_tokens: 512,
+        max_logits_rows: 16,
+        shard: tandem_models::Shard::WHOLE,
+    };
     let started = Instant::now();
     let mut llama =
         Llama::load(&cpu, model, files.config.clone(), files.weights(), options).expect("weights");

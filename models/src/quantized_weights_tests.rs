@@ -82,7 +82,12 @@ fn a_golden_checkpoint_is_the_same_on_any_number_of_threads() {
 /// Logits of six tokens in one step, as bits.
 fn logits(files: &ModelFiles) -> Vec<u32> {
     let cpu = Cpu::new(CpuOptions { isa: None, threads: Some(2) }).unwrap();
-    let options = LlamaOptions { activations: Activations::Int8, max_tokens: 6, max_logits_rows: 6 };
+    let options = LlamaOptions {
+        activations: Activations::Int8,
+        max_tokens: 6,
+        max_logits_rows: 6,
+        shard: crate::Shard::WHOLE,
+    };
     let mut llama = Llama::load(&cpu, "test", files.config.clone(), files.weights(), options).unwrap();
     let mut kv = KvCache::new(Llama::kv_cache_config(&files.config, 1, KvDType::Bf16)).unwrap();
     let batch = ForwardBatch {

@@ -7,7 +7,7 @@
 use safetensors::SafeTensors;
 use tandem_kernels::cpu::{BLOCK_SIZE, Cpu, CpuOptions, KvCache};
 use tandem_kernels::{Activations, DType, Isa, KvDType};
-use tandem_models::{ForwardBatch, Llama, LlamaOptions, ModelConfig, RopeScaling};
+use tandem_models::{ForwardBatch, Llama, LlamaOptions, ModelConfig, RopeScaling, Shard};
 use tandem_tests::{golden_path, instruction_sets};
 
 const MODELS: [&str; 4] = ["tiny-tp8", "tiny-llama31", "tiny-bias", "tiny-mha-f16"];
@@ -33,8 +33,12 @@ fn logits(model: &str, isa: Isa, chunk: usize, ids: &[u32]) -> Vec<f32> {
     let cpu = Cpu::new(CpuOptions { isa: Some(isa), threads: Some(2) })
         .expect("the machine has this instruction set");
     let files = tandem_models::open(&golden_path(model)).unwrap_or_else(|error| panic!("{error}"));
-    let options =
-        LlamaOptions { activations: Activations::F32, max_tokens: ids.len(), max_logits_rows: ids.len() };
+    let options = LlamaOptions {
+        activations: Activations::F32,
+        max_tokens: ids.len(),
+        max_logits_rows: ids.len(),
+        shard: Shard::WHOLE,
+    };
     let config = with_frequencies_rounded_to(files.summary.dtype, files.config.clone());
     let mut llama = Llama::load(&cpu, model, config, files.weights(), options).expect("weights load");
     let num_blocks = ids.len().div_ceil(BLOCK_SIZE);

@@ -13,7 +13,7 @@ use tandem_kernels::cpu::{Cpu, CpuOptions, default_threads};
 use tandem_kernels::limits::{self, Limits};
 use tandem_kernels::{Activations, DType, Isa, KernelError, KvDType};
 use tandem_models::{
-    DummyOptions, GenerationConfig, Llama, LlamaOptions, ModelError, ModelFiles, TokenizerFiles,
+    DummyOptions, GenerationConfig, Llama, LlamaOptions, ModelError, ModelFiles, Shard, TokenizerFiles,
 };
 use thiserror::Error;
 
@@ -281,6 +281,7 @@ impl Inspected {
             activations: plan.activations,
             max_tokens: config.max_num_batched_tokens,
             max_logits_rows: config.max_logits_rows(),
+            shard: Shard::WHOLE,
         };
         let cpu = make_cpu(&self.options)?;
         let name = self.info.name.clone();

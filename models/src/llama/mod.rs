@@ -7,6 +7,7 @@
 //! Letters: `T` tokens of the step, `R` rows that need logits, `E`, `I`, `H`, `K`, `D`, `V` as in the crate's root.
 
 mod load;
+mod tensor_parallel;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -17,6 +18,10 @@ use tandem_kernels::{Activations, AttentionPrecision, KvDType};
 
 use crate::batch::ForwardBatch;
 use crate::config::ModelConfig;
+use crate::shard::{Shard, Share};
+
+pub use load::LoadedBytes;
+use tensor_parallel::Exchange;
 
 /// How a model is laid out in memory and computed.
 #[derive(Debug, Clone, Copy)]
@@ -28,12 +33,17 @@ pub struct LlamaOptions {
     pub max_tokens: usize,
     /// `R`: most rows of one step that need logits.
     pub max_logits_rows: usize,
+    /// Which part of the model this is.
+    pub shard: Shard,
 }
 
 /// A loaded model: packed weights and the working memory of one step.
 pub struct Llama {
+    /// Of this rank's share: its heads and its width of the MLP; the vocabulary is the whole model's.
     config: ModelConfig,
     options: LlamaOptions,
+    share: Share,
+    loaded: LoadedBytes,
     /// The embedding matrix, unless the LM head is the same matrix.
     embedding: Option<Linear>,
     layers: Vec<Layer>,
@@ -47,9 +57,12 @@ struct Layer {
     attention_norm: Vec<f32>,
     qkv: Linear,
     attention_output: Linear,
+    /// Of row-parallel layers that several ranks add up: added once, after the sum.
+    attention_output_bias: Option<Vec<f32>>,
     mlp_norm: Vec<f32>,
     gate_up: Linear,
     down: Linear,
+    down_bias: Option<Vec<f32>>,
 }
 
 /// Buffers of one step, each for the most rows that a step may have.
@@ -65,6 +78,8 @@ struct Workspace {
     /// `[R, V]`.
     logits: Buffer,
     rope: Rope,
+    /// What ranks give each other; none in a model of one rank.
+    exchange: Option<Exchange>,
 }
 
 /// Inputs of linear layers for the rows that a team works on.
@@ -79,12 +94,17 @@ struct Inputs {
 }
 
 impl Llama {
-    /// The model's configuration.
+    /// The configuration of this rank's share: its heads and its width of the MLP; all else is the whole model's.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The sizes of the KV cache that this model needs for `num_blocks` blocks.
+    /// What loading kept and read.
+    pub fn loaded_bytes(&self) -> LoadedBytes {
+        self.loaded
+    }
+
+    /// The sizes of the KV cache that a model, or a rank's share of it, needs for `num_blocks` blocks.
     pub fn kv_cache_config(config: &ModelConfig, num_blocks: usize, dtype: KvDType) -> KvCacheConfig {
         KvCacheConfig {
             num_layers: config.num_layers,
@@ -124,17 +144,12 @@ impl Llama {
     /// Keys and values of the step's tokens are written to `kv` at `batch.slot_mapping`; block copies come first.
     ///
     /// # Panics
-    /// If the batch is larger than the options allow or its arrays do not fit together; what makes batches must not.
+    /// If the batch is larger than the options allow or its arrays do not fit together; what makes batches must not. Also
+    /// if this is one of several ranks: those go through [`Llama::forward_shard`].
     pub fn forward(&mut self, cpu: &Cpu, batch: &ForwardBatch, kv: &mut KvCache) -> &mut [f32] {
-        for &(from, to) in &batch.block_copies {
-            kv.copy_block(from, to);
-        }
-        let num_tokens = batch.num_tokens();
-        assert!(num_tokens <= self.options.max_tokens, "step of {num_tokens} tokens");
-        let precision = match self.activations() {
-            Activations::Int8 => AttentionPrecision::Rounded,
-            _ => AttentionPrecision::Split,
-        };
+        assert_eq!(self.options.shard, Shard::WHOLE, "one of several ranks");
+        let num_tokens = self.begin(batch, kv);
+        let precision = self.attention_precision();
         let config = &self.config;
         let work = &mut self.work;
         let hidden = &mut work.hidden[..num_tokens * config.hidden_size];
@@ -142,12 +157,7 @@ impl Llama {
         let inputs = &work.inputs;
         cpu.embed(self.embedding.as_ref().unwrap_or(&self.lm_head), &batch.token_ids, hidden);
         cpu.prepare_rope(&mut work.rope, &batch.positions);
-        let geometry = AttentionBatch {
-            cu_seqlens: &batch.cu_seqlens,
-            context_lens: &batch.context_lens,
-            block_tables: &batch.block_tables,
-            block_table_offsets: &batch.block_table_offsets,
-        };
+        let geometry = geometry(batch);
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         // From one write of keys and values to the next every operation works row by row: one region, which ends with the
         // next layer's queries, keys and values.
@@ -172,12 +182,29 @@ impl Llama {
         self.head(cpu, batch, num_tokens)
     }
 
-    /// Final norm and LM head, for the rows that need logits only.
+    /// Copies blocks and checks the step's size; the number of its tokens.
+    fn begin(&self, batch: &ForwardBatch, kv: &mut KvCache) -> usize {
+        for &(from, to) in &batch.block_copies {
+            kv.copy_block(from, to);
+        }
+        let num_tokens = batch.num_tokens();
+        assert!(num_tokens <= self.options.max_tokens, "step of {num_tokens} tokens");
+        num_tokens
+    }
+
+    fn attention_precision(&self) -> AttentionPrecision {
+        match self.activations() {
+            Activations::Int8 => AttentionPrecision::Rounded,
+            _ => AttentionPrecision::Split,
+        }
+    }
+
+    /// Final norm and LM head, for the rows that need logits only: `[R, V]`, or the columns of this rank's vocabulary rows.
     fn head(&mut self, cpu: &Cpu, batch: &ForwardBatch, num_tokens: usize) -> &mut [f32] {
         let num_rows = batch.logits_rows.len();
         assert!(num_rows <= self.options.max_logits_rows, "step with {num_rows} rows of logits");
         let work = &mut self.work;
-        let logits = &mut work.logits[..num_rows * self.config.vocab_size];
+        let logits = &mut work.logits[..num_rows * self.share.vocab.len()];
         if num_rows > 0 {
             let hidden = &work.hidden[..num_tokens * self.config.hidden_size];
             work.final_normed.set_class(self.lm_head.activations());
@@ -187,6 +214,15 @@ impl Llama {
             team.linear(&self.lm_head, &work.final_normed, logits, Epilogue::Store);
         }
         logits
+    }
+}
+
+fn geometry(batch: &ForwardBatch) -> AttentionBatch<'_> {
+    AttentionBatch {
+        cu_seqlens: &batch.cu_seqlens,
+        context_lens: &batch.context_lens,
+        block_tables: &batch.block_tables,
+        block_table_offsets: &batch.block_table_offsets,
     }
 }
 
@@ -217,19 +253,29 @@ impl Layer {
 
     /// `hidden += output(attention)`.
     fn attention_output(&self, team: &Team<'_>, inputs: &mut Inputs, hidden: &mut [f32]) {
-        inputs.attended.set_class(self.attention_output.activations());
         let rows = hidden.len() / self.attention_output.out_features();
+        self.round_attention(team, inputs, rows);
+        team.linear(&self.attention_output, &inputs.attended, hidden, Epilogue::Add);
+    }
+
+    /// The attention of `rows` as input of the output projection.
+    fn round_attention(&self, team: &Team<'_>, inputs: &mut Inputs, rows: usize) {
+        inputs.attended.set_class(self.attention_output.activations());
         let width = self.attention_output.in_features();
         team.quantize(&inputs.attention[..rows * width], &mut inputs.attended);
-        team.linear(&self.attention_output, &inputs.attended, hidden, Epilogue::Add);
     }
 
     /// `hidden += down(silu(gate(norm(hidden))) · up(norm(hidden)))`.
     fn feed_forward(&self, team: &Team<'_>, config: &ModelConfig, inputs: &mut Inputs, hidden: &mut [f32]) {
+        self.gate(team, config, inputs, hidden);
+        team.linear(&self.down, &inputs.gated, hidden, Epilogue::Add);
+    }
+
+    /// `silu(gate(norm(hidden))) · up(norm(hidden))` as input of the down projection.
+    fn gate(&self, team: &Team<'_>, config: &ModelConfig, inputs: &mut Inputs, hidden: &[f32]) {
         inputs.normed.set_class(self.gate_up.activations());
         team.rms_norm(hidden, &self.mlp_norm, config.rms_norm_eps, &mut inputs.normed);
         inputs.gated.set_class(self.down.activations());
         team.gated_linear(&self.gate_up, &inputs.normed, &mut inputs.gated);
-        team.linear(&self.down, &inputs.gated, hidden, Epilogue::Add);
     }
 }
