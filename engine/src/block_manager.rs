@@ -45,8 +45,8 @@ impl BlockManager {
         blocks
     }
 
-    /// Makes every block free: the memory is new, and nothing that was in the old one exists. Tables that name
-    /// blocks are void.
+    /// Makes every block free: the memory is new, and nothing that was in the old one exists. Tables that
+    /// name blocks are void.
     pub(crate) fn reset(&mut self) {
         self.references.fill(0);
         // Low numbers first: a free list is taken from its end.

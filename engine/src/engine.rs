@@ -3,10 +3,13 @@
 //! Everything here belongs to one thread. A step's counts are published before its events go out, so whoever
 //! has read the end of a stream finds it counted. Events of a step leave together, one message per request.
 
+mod recovery;
+
 use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use self::recovery::Group;
 use crate::block_manager::BlockManager;
 use crate::config::EngineConfig;
 use crate::environment::Environment;
@@ -20,9 +23,6 @@ use crate::sample_row::{RowKind, SampleRow};
 use crate::scheduler::{Limits, Schedule, Scheduler};
 use crate::sequence::{Sequence, SequenceKey};
 use crate::stream::{Event, FinishReason, Outlet, STREAM_CAPACITY};
-
-mod recovery;
-use recovery::Group;
 
 /// The step thread's state. [`crate::spawn`] drives it; tests call [`Engine::step`] themselves.
 pub struct Engine {

@@ -97,8 +97,8 @@ impl EngineHandle {
         Ok(reader)
     }
 
-    /// Whether a request would be looked at now: the engine runs, is not draining, and its executor is ready and
-    /// admits requests. Says nothing of the queue's bounds.
+    /// Whether a request would be looked at now: the engine runs, is not draining, and its executor is ready
+    /// and admits requests. Says nothing of the queue's bounds.
     pub fn is_accepting(&self) -> bool {
         !self.shared.draining.load(Ordering::SeqCst)
             && self.state() == EngineState::Running

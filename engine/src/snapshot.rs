@@ -42,8 +42,8 @@ pub struct Snapshot {
     pub group_breaks: u64,
     /// Whether nothing has run since the group was lost, or since the start when it has never been whole.
     pub recovering: bool,
-    /// The last break that is over: from its notice to the end of the first step after it, or, when nothing was
-    /// to be run, until steps could run again.
+    /// The last break that is over: from its notice to the end of the first step after it, or, when nothing
+    /// was to be run, until steps could run again.
     pub last_recovery: Option<Duration>,
     /// Requests that had output when the group broke and went on after it, once per break.
     pub stream_resumes: u64,

@@ -1,6 +1,6 @@
 //! Random runs of whole engines against the oracle: whatever the batch, chunks, pool, cache, priorities,
-//! readers, departures and breaks of the executor's group, every request gets the tokens it would get alone; blocks come back, the ledger
-//! balances, nobody starves.
+//! readers, departures and breaks of the executor's group, every request gets the tokens it would get alone;
+//! blocks come back, the ledger balances, nobody starves.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -89,8 +89,8 @@ fn random_behaviour(rng: &mut Rng) -> Behaviour {
     }
 }
 
-/// Breaks the group now and then, and lets a rank announce that it will leave. A break throws all prompts back, so that a
-/// run ends only when breaks do.
+/// Breaks the group now and then, and lets a rank announce that it will leave. A break throws all prompts
+/// back, so that a run ends only when breaks do.
 struct Troublemaker {
     breaks_left: usize,
 }

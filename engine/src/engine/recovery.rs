@@ -1,8 +1,8 @@
 //! When the executor's group of ranks breaks, and when it is whole again.
 //!
 //! KV belongs to one epoch of the group: with the epoch every block goes, but no token. All sequences go back
-//! to waiting with what they have emitted, as if they had been preempted, and are computed again when steps can
-//! run. No request fails for it, unless the group stays away longer than the configuration allows.
+//! to waiting with what they have emitted, as if they had been preempted, and are computed again when steps
+//! can run. No request fails for it, unless the group stays away longer than the configuration allows.
 //!
 //! An outage lasts from the notice of a break to the first step after it. The group may be ready and break
 //! again in between; to the requests, that is one wait.

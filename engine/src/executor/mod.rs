@@ -19,9 +19,9 @@ pub trait Executor: Send {
     /// NaN included.
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError>;
 
-    /// How the executor is. Called before every step, and at least ten times a second while nothing runs; must
-    /// not wait. `running`: requests that hold blocks. When `admits` is false and nothing runs any more, the
-    /// group can pause.
+    /// How the executor is. Called before every step, and at least ten times a second while nothing runs;
+    /// must not wait. `running`: requests that hold blocks. When `admits` is false and nothing runs any more,
+    /// the group can pause.
     fn poll(&mut self, _running: usize) -> ExecutorStatus {
         ExecutorStatus::Ready { epoch: 0, admits: true }
     }
@@ -45,7 +45,8 @@ pub enum ExecutorStatus {
         /// leave: running sequences go on, waiting ones are not taken in, new requests are refused.
         admits: bool,
     },
-    /// No step can run until the group is whole again, with another epoch. The reason is for logs and clients.
+    /// No step can run until the group is whole again, with another epoch. The reason is for logs and
+    /// clients.
     Waiting { reason: String },
     /// It will never be ready again: the engine stops.
     Failed { reason: String },

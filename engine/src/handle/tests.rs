@@ -240,8 +240,8 @@ fn the_idle_thread_ticks_and_a_busy_one_shows_its_age() {
 #[test]
 fn a_thread_that_waits_for_its_group_ticks_without_spinning() {
     let (handle, faults) = start(config());
-    faults.step_ms.store(1, Ordering::Relaxed);
-    let stream = handle.submit(request(1, 10, 100)).unwrap();
+    faults.step_ms.store(5, Ordering::Relaxed);
+    let stream = handle.submit(request(1, 10, 200)).unwrap();
     wait_until("output comes", || handle.snapshot().generation_tokens > 3);
     faults.group.break_group(Moment::AfterWrites, u64::MAX);
     wait_until("the break is noticed", || handle.snapshot().recovering && !handle.is_accepting());
@@ -255,9 +255,10 @@ fn a_thread_that_waits_for_its_group_ticks_without_spinning() {
     let most = start.elapsed().as_millis() as u64 / 45 + 2;
     assert!(polls() - first <= most, "{} polls where {most} are enough", polls() - first);
     assert_eq!(handle.submit(request(2, 10, 5)).err(), Some(SubmitError::NotReady));
+    faults.step_ms.store(0, Ordering::Relaxed);
     faults.group.heal();
     let events = read_to_end(stream);
-    assert_eq!(events.len(), 102, "{:?}", events.last());
+    assert_eq!(events.len(), 202, "{:?}", events.last());
     assert!(handle.is_accepting());
     assert_eq!(handle.snapshot().stream_resumes, 1);
     handle.begin_drain();

@@ -225,20 +225,32 @@ fn who_waits_too_long_ends_with_a_retryable_failure_and_the_engine_waits_on() {
     let snapshot = bench.handle.snapshot();
     assert_eq!((snapshot.errored[&503], snapshot.in_flight), (2, 1));
 
-    bench.heal();
-    bench.finish(&mut [&mut late]);
-    assert_eq!(late.outcome, Outcome::Completed);
-    late.check(&PLAIN);
-    let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.stream_resumes, snapshot.last_recovery), (0, Some(timeout)));
     // An outage that is over does not count for the next.
-    let mut next = bench.submit(request(4, 10, 20));
-    bench.steps(3);
-    bench.clock.advance(timeout * 2);
-    bench.lose_group();
     bench.heal();
-    bench.finish(&mut [&mut next]);
-    assert_eq!(next.outcome, Outcome::Completed);
+    bench.steps(3);
+    assert_eq!(bench.handle.snapshot().last_recovery, Some(timeout));
+    bench.clock.advance(timeout);
+    bench.lose_group();
+    bench.engine.shared().set_admits(true);
+    let mut later = bench.submit(request(4, 10, 20));
+    bench.step();
+    bench.heal();
+    bench.steps(2);
+    late.read();
+    assert_eq!((late.is_open(), late.num_tokens()), (true, 5));
+    bench.lose_group();
+    bench.engine.shared().set_admits(true);
+    let mut latest = bench.submit(request(5, 10, 20));
+    bench.step();
+    bench.clock.advance(timeout);
+    bench.step();
+    for client in [&mut late, &mut later, &mut latest] {
+        client.read();
+        assert!(matches!(&client.outcome, Outcome::Failed(RequestFailure { code: 503, .. })));
+        client.check(&PLAIN);
+    }
+    let snapshot = bench.handle.snapshot();
+    assert_eq!((snapshot.errored[&503], snapshot.in_flight, snapshot.stream_resumes), (5, 0, 1));
 }
 
 #[test]
