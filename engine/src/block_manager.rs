@@ -33,15 +33,31 @@ pub(crate) struct BlockCounts {
 
 impl BlockManager {
     pub(crate) fn new(config: &EngineConfig, hasher: ChainHasher) -> Self {
-        // Low numbers first: a free list is taken from its end.
-        let free: Vec<u32> = (0..config.num_blocks as u32).rev().collect();
-        Self {
+        let mut blocks = Self {
             references: vec![0; config.num_blocks],
-            to_poison: config.poison_freed_blocks.then(|| free.clone()),
-            free,
+            free: Vec::new(),
             cache: config.prefix_caching.then(|| PrefixCache::new(hasher)),
             copies: Vec::new(),
             held: Vec::new(),
+            to_poison: config.poison_freed_blocks.then(Vec::new),
+        };
+        blocks.reset();
+        blocks
+    }
+
+    /// Makes every block free: the memory is new, and nothing that was in the old one exists. Tables that
+    /// name blocks are void.
+    pub(crate) fn reset(&mut self) {
+        self.references.fill(0);
+        // Low numbers first: a free list is taken from its end.
+        self.free = (0..self.references.len() as u32).rev().collect();
+        if let Some(cache) = &mut self.cache {
+            cache.clear();
+        }
+        self.copies.clear();
+        self.held.clear();
+        if let Some(to_poison) = &mut self.to_poison {
+            to_poison.clone_from(&self.free);
         }
     }
 
@@ -297,6 +313,36 @@ mod tests {
         check(&manager, &[&other]);
         manager.release_table(&mut other);
         assert_eq!(manager.counts(), BlockCounts { free: 2, used: 0, cached: 0 });
+    }
+
+    #[test]
+    fn new_memory_makes_every_block_free_and_unknown() {
+        let mut manager = manager(4);
+        manager.take_blocks_to_poison();
+        let mut chain = hasher().start(None);
+        let mut idle = vec![manager.allocate()];
+        manager.cache_block(&mut chain, &TOKENS, 0, idle[0]);
+        manager.release_table(&mut idle);
+        let used = manager.allocate();
+        manager.share(used);
+        manager.cache_block(&mut chain, &TOKENS, 1, used);
+        let copy = manager.copy_on_write(used);
+        manager.share(copy);
+
+        manager.reset();
+        check(&manager, &[]);
+        assert_eq!(manager.counts(), BlockCounts { free: 4, used: 0, cached: 0 });
+        assert!(manager.copies().is_empty());
+        assert!(manager.find_prefix(&mut chain, &TOKENS, 3).is_empty());
+        let mut to_poison = manager.take_blocks_to_poison();
+        to_poison.sort_unstable();
+        assert_eq!(to_poison, [0, 1, 2, 3]);
+        // A sequence that was there before enters its blocks anew.
+        let mut table = vec![manager.allocate()];
+        manager.cache_block(&mut chain, &TOKENS, 0, table[0]);
+        assert_eq!(manager.find_prefix(&mut chain, &TOKENS, 3), table);
+        manager.release_table(&mut table);
+        check(&manager, &[]);
     }
 
     #[test]

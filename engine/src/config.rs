@@ -1,5 +1,7 @@
 //! The engine's configuration: plain data, put together and checked once by the caller, never written afterwards.
 
+use std::time::Duration;
+
 /// Sizes and switches of one engine.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
@@ -25,6 +27,8 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<u32>,
     /// Start of every prefix hash chain, so that keys of different models never meet.
     pub model_fingerprint: [u8; 16],
+    /// How long a request in flight waits for an executor whose group of ranks broke before it fails.
+    pub recovery_timeout: Duration,
     /// For tests: every block that is free is overwritten with NaN before it can be used again.
     pub poison_freed_blocks: bool,
 }
@@ -44,6 +48,7 @@ impl Default for EngineConfig {
             max_queued_bytes: 256 << 20,
             eos_token_ids: Vec::new(),
             model_fingerprint: [0; 16],
+            recovery_timeout: Duration::from_secs(300),
             poison_freed_blocks: false,
         }
     }

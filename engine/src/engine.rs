@@ -3,14 +3,17 @@
 //! Everything here belongs to one thread. A step's counts are published before its events go out, so whoever
 //! has read the end of a stream finds it counted. Events of a step leave together, one message per request.
 
+mod recovery;
+
 use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use self::recovery::Group;
 use crate::block_manager::BlockManager;
 use crate::config::EngineConfig;
 use crate::environment::Environment;
-use crate::error::{ExecutorError, RequestFailure, RowError};
+use crate::error::{ExecutorError, ExecutorErrorKind, RequestFailure, RowError};
 use crate::executor::{Executor, SampledToken, StepOutput};
 use crate::handle::{Command, EngineHandle, Shared, Submission};
 use crate::prefix_cache::ChainHasher;
@@ -26,6 +29,7 @@ pub struct Engine {
     shared: Arc<Shared>,
     commands: mpsc::Receiver<Command>,
     executor: Box<dyn Executor>,
+    group: Group,
     hasher: ChainHasher,
     scheduler: Scheduler,
     /// By serial number.
@@ -58,7 +62,7 @@ impl Bounds {
 pub enum StepStatus {
     /// Something was computed; there may be more.
     Worked,
-    /// Nothing can run before a command comes.
+    /// Nothing can run before a command comes or the executor is ready again.
     Idle,
     /// The engine has been shut down or cannot go on; every request has been ended.
     Stopped,
@@ -111,6 +115,7 @@ impl Engine {
             shared,
             commands,
             executor,
+            group: Group::default(),
             hasher,
             scheduler,
             requests: HashMap::new(),
@@ -123,11 +128,13 @@ impl Engine {
         (engine, handle)
     }
 
-    /// Takes in what was submitted and cancelled, and runs one step if anything can run.
+    /// Takes in what was submitted and cancelled, asks how the executor is, and runs one step if anything can
+    /// run.
     pub fn step(&mut self) -> StepStatus {
         let begin = self.shared.environment.clock.now();
         self.receive();
-        let worked = !self.stopping && self.run_step(begin);
+        self.poll_executor();
+        let worked = !self.stopping && self.group.is_ready() && self.run_step(begin);
         if self.stopping {
             self.release_all();
             return StepStatus::Stopped;
@@ -192,10 +199,11 @@ impl Engine {
     }
 
     fn add(&mut self, submission: Submission) {
-        let (request, prompt, salt) =
+        let (mut request, prompt, salt) =
             RequestState::new(submission.accept(), &self.shared.config.eos_token_ids);
         tracing::debug!(id = request.id, prompt_tokens = request.prompt_len, "request admitted");
         self.recorder.admitted();
+        request.stranded_since = (!self.group.is_ready()).then(|| self.shared.environment.clock.now());
         self.scheduler.add(Sequence {
             key: request.key(0),
             prompt_len: prompt.len(),
@@ -238,8 +246,10 @@ impl Engine {
     /// False when there was nothing to do.
     fn run_step(&mut self, begin: Instant) -> bool {
         let requests = &self.requests;
-        let mut schedule = self.scheduler.schedule(|key| requests[&key.serial].outlet.has_room());
+        let has_room = |key: &SequenceKey| requests[&key.serial].outlet.has_room();
+        let mut schedule = self.scheduler.schedule(self.group.admits(), has_room);
         if schedule.keys.is_empty() {
+            self.note_nothing_to_resume();
             return schedule.preempted;
         }
         schedule.plan.step = self.num_steps;
@@ -261,6 +271,7 @@ impl Engine {
             Ok(output) => {
                 let times = StepClock { begin, start, end, forward: output.forward };
                 self.recorder.step(&schedule, &self.scheduler, &times);
+                self.note_resumes(&schedule);
                 self.account(&schedule, targets, output);
             }
             Err(error) => self.fail_step(&schedule, &error),
@@ -363,8 +374,7 @@ impl Engine {
         sequence.tokens.push(token);
 
         let now = self.shared.environment.clock.now();
-        let is_first = request.choices.iter().all(|choice| choice.num_output == 0);
-        self.recorder.token(request.arrival, is_first, &request.choices[choice as usize], now);
+        self.recorder.token(request.arrival, !request.has_output(), &request.choices[choice as usize], now);
         request.outlet.push(Event::Token { choice, token, logprobs });
         if let Some(reason) = request.accept(choice, token, now) {
             request.outlet.push(Event::Finished { choice, reason });
@@ -391,19 +401,23 @@ impl Engine {
         self.departing.push((request.outlet, Some(failure)));
     }
 
-    /// Nothing of the step can be trusted: its requests fail, the others go on.
+    /// Nothing of the step can be trusted.
     fn fail_step(&mut self, schedule: &Schedule, error: &ExecutorError) {
         tracing::error!(
             step = schedule.plan.step,
             reason = error.message,
-            fatal = error.fatal,
+            kind = ?error.kind,
             "step failed"
         );
         self.executor.abort();
+        if error.kind == ExecutorErrorKind::GroupLost {
+            return self.lose_group();
+        }
+        // Its requests fail, the others go on.
         for key in &schedule.keys {
             self.fail(key.serial, RequestFailure::step_failed());
         }
-        self.stopping |= error.fatal;
+        self.stopping |= error.kind == ExecutorErrorKind::Fatal;
     }
 
     /// Stops: every request ends with a retryable failure, every block comes back.
@@ -473,7 +487,7 @@ fn check_output(output: StepOutput, expected: usize) -> Result<StepOutput, Execu
         return Ok(output);
     }
     let message = format!("{} answers to {expected} rows", output.rows.len());
-    Err(ExecutorError { message, fatal: false })
+    Err(ExecutorError { message, kind: ExecutorErrorKind::Step })
 }
 
 #[cfg(test)]

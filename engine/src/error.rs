@@ -3,6 +3,8 @@
 //! [`SubmitError`] is for the caller of `submit`, [`RequestFailure`] ends a stream, [`ExecutorError`] and
 //! [`RowError`] come up from the executor. Messages never hold prompts, tokens or paths.
 
+use std::time::Duration;
+
 use thiserror::Error;
 
 /// A parameter that no engine of this configuration could honour; becomes a 400 that names the field.
@@ -30,6 +32,9 @@ pub enum SubmitError {
     /// As many requests wait or are in flight as may, or as many bytes: a 503 with `Retry-After`.
     #[error("the queue is full")]
     QueueFull,
+    /// The executor's group of ranks is not whole, or a rank is about to leave it: a 503 with `Retry-After`.
+    #[error("the worker waits for its group of ranks")]
+    NotReady,
     /// The worker is shutting down and takes nothing new: a 503.
     #[error("the worker is draining")]
     Draining,
@@ -62,6 +67,11 @@ impl RequestFailure {
     pub(crate) fn step_failed() -> Self {
         Self { code: 503, message: "the step could not be executed".into(), retryable: true }
     }
+
+    pub(crate) fn not_recovered(timeout: Duration) -> Self {
+        let message = format!("the group of ranks was not whole again within {} s", timeout.as_secs_f64());
+        Self { code: 503, message, retryable: true }
+    }
 }
 
 impl From<RowError> for RequestFailure {
@@ -70,14 +80,25 @@ impl From<RowError> for RequestFailure {
     }
 }
 
-/// A whole step that could not be run. Every request of the step fails with a retryable 503.
+/// A whole step that could not be run.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{message}")]
 pub struct ExecutorError {
     /// For the log.
     pub message: String,
-    /// No later step can succeed either: the engine stops.
-    pub fatal: bool,
+    pub kind: ExecutorErrorKind,
+}
+
+/// How far a failed step reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExecutorErrorKind {
+    /// Every request of the step fails with a retryable 503; the others go on.
+    Step,
+    /// The group of ranks broke, and all KV is gone. No request fails: what was not computed to its end is
+    /// computed again once the executor is ready.
+    GroupLost,
+    /// No later step can succeed either: every request fails with a retryable 503 and the engine stops.
+    Fatal,
 }
 
 /// A logits row from which nothing can be drawn. Only its own request fails.

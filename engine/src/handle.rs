@@ -78,6 +78,9 @@ impl EngineHandle {
         if self.state() != EngineState::Running {
             return Err(SubmitError::Stopped);
         }
+        if !self.shared.admits.load(Ordering::SeqCst) {
+            return Err(SubmitError::NotReady);
+        }
         request.validate(&self.shared.config)?;
         let ticket = Ticket::take(&self.shared, request.held_bytes()).ok_or(SubmitError::QueueFull)?;
 
@@ -92,6 +95,14 @@ impl EngineHandle {
         // stream.
         let _ = self.commands.send(Command::Submit(submission));
         Ok(reader)
+    }
+
+    /// Whether a request would be looked at now: the engine runs, is not draining, and its executor is ready
+    /// and admits requests. Says nothing of the queue's bounds.
+    pub fn is_accepting(&self) -> bool {
+        !self.shared.draining.load(Ordering::SeqCst)
+            && self.state() == EngineState::Running
+            && self.shared.admits.load(Ordering::SeqCst)
     }
 
     /// The latest published counts, with requests that have not reached the step thread yet.
@@ -128,8 +139,8 @@ impl EngineHandle {
         relay::carry(self.shared.relay.clone())
     }
 
-    /// Time since the step loop last came around. It does so at least ten times a second when idle, and after
-    /// every step.
+    /// Time since the step loop last came around. It does so at least ten times a second when idle or waiting
+    /// for its executor, and after every step.
     pub fn last_tick_age(&self) -> Duration {
         let last = Duration::from_nanos(self.shared.last_tick_nanos.load(Ordering::Acquire));
         self.shared.since_start().saturating_sub(last)
@@ -250,6 +261,8 @@ pub(crate) struct Shared {
     requests_in_flight: AtomicUsize,
     bytes_in_flight: AtomicUsize,
     draining: AtomicBool,
+    /// Whether the executor is ready and takes requests, as the step thread last heard.
+    admits: AtomicBool,
     state: AtomicU8,
     start: Instant,
     last_tick_nanos: AtomicU64,
@@ -271,6 +284,7 @@ impl Shared {
             requests_in_flight: AtomicUsize::new(0),
             bytes_in_flight: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
+            admits: AtomicBool::new(true),
             state: AtomicU8::new(RUNNING),
             start,
             last_tick_nanos: AtomicU64::new(0),
@@ -283,6 +297,11 @@ impl Shared {
         // The old snapshot is freed after the lock is.
         let _old = std::mem::replace(&mut *lock(&self.published), new);
         self.tick();
+    }
+
+    /// A submission that has passed the check already waits like the others.
+    pub(crate) fn set_admits(&self, admits: bool) {
+        self.admits.store(admits, Ordering::SeqCst);
     }
 
     pub(crate) fn tick(&self) {
@@ -319,8 +338,8 @@ fn drive(mut engine: Engine) {
     shared.state.store(state, Ordering::SeqCst);
 }
 
-/// How long the idle step thread waits before it shows that it lives.
-const IDLE_TICK: Duration = Duration::from_millis(100);
+/// How long the step thread waits for commands before it shows that it lives and asks how its executor is.
+const IDLE_TICK: Duration = Duration::from_millis(50);
 
 /// Every critical section is a plain move: a panic elsewhere leaves the value whole.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

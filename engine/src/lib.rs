@@ -11,8 +11,8 @@
 //! ```
 //!
 //! Invariants:
-//! * A request's tokens depend on its prompt, parameters and seed only: never on batch, chunking, cache hits
-//!   or preemption.
+//! * A request's tokens depend on its prompt, parameters and seed only: never on batch, chunking, cache hits,
+//!   preemption or breaks of the executor's group.
 //! * The step thread never waits for a client: streams are bounded, a full one pauses its own request.
 //! * Every accepted request ends exactly once, and the published [`Snapshot`] balances to the integer.
 //! * Between steps every block is on the free list, or cached and unreferenced, or in as many block tables as
@@ -46,8 +46,8 @@ mod testing;
 pub use config::EngineConfig;
 pub use engine::{Engine, StepStatus};
 pub use environment::{Clock, Environment, FixedSeeds, SeedSource, SystemClock, SystemSeeds};
-pub use error::{ExecutorError, InvalidParam, RequestFailure, RowError, SubmitError};
-pub use executor::{Executor, SampledToken, StepOutput};
+pub use error::{ExecutorError, ExecutorErrorKind, InvalidParam, RequestFailure, RowError, SubmitError};
+pub use executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
 pub use handle::{EngineHandle, EngineState, spawn, spawn_with};
 pub use histogram::Histogram;
 pub use load::{

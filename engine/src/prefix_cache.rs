@@ -159,6 +159,14 @@ impl PrefixCache {
         Some(block)
     }
 
+    /// Forgets everything: the memory behind the blocks is gone.
+    pub(crate) fn clear(&mut self) {
+        self.entries.clear();
+        self.key_of_block.clear();
+        self.idle.clear();
+        self.idle_since.clear();
+    }
+
     pub(crate) fn num_idle(&self) -> usize {
         self.idle.len()
     }

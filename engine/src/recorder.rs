@@ -135,6 +135,23 @@ impl Recorder {
         }
     }
 
+    /// No step can run; `is_break` unless none could so far.
+    pub(crate) fn outage_began(&mut self, is_break: bool) {
+        self.totals.recovering = true;
+        self.totals.group_breaks += u64::from(is_break);
+    }
+
+    /// Steps run again; `gap` is how long a break kept them from it.
+    pub(crate) fn outage_ended(&mut self, gap: Option<Duration>) {
+        self.totals.recovering = false;
+        self.totals.last_recovery = gap.or(self.totals.last_recovery);
+    }
+
+    /// A request whose output a break had interrupted goes on.
+    pub(crate) fn resumed(&mut self) {
+        self.totals.stream_resumes += 1;
+    }
+
     /// A prompt is computed.
     pub(crate) fn prompt_computed(&mut self, request: &RequestState, now: Instant) {
         self.totals.prompt_tokens += request.prompt_len as u64;

@@ -27,6 +27,10 @@ pub(crate) struct RequestState {
     pub(crate) prompt_top: usize,
     pub(crate) first_scheduled: Option<Instant>,
     pub(crate) prompt_computed: Option<Instant>,
+    /// Since when the request waits for an executor that cannot run steps; says nothing while it can.
+    pub(crate) stranded_since: Option<Instant>,
+    /// A break of the executor's group stopped it between two tokens, and it has not run since.
+    pub(crate) is_interrupted: bool,
     pub(crate) ticket: Ticket,
     /// Banned tokens while `min_tokens` is not reached: with all tokens that would end the choice.
     banned_at_first: Vec<u32>,
@@ -79,6 +83,8 @@ impl RequestState {
             prompt_top: request.prompt_logprobs.unwrap_or(0),
             first_scheduled: None,
             prompt_computed: None,
+            stranded_since: None,
+            is_interrupted: false,
             ticket,
             banned_at_first,
             eos,
@@ -92,6 +98,10 @@ impl RequestState {
 
     pub(crate) fn keys(&self) -> impl Iterator<Item = SequenceKey> {
         (0..self.params.n).map(|choice| self.key(choice))
+    }
+
+    pub(crate) fn has_output(&self) -> bool {
+        self.choices.iter().any(|choice| choice.num_output > 0)
     }
 
     pub(crate) fn is_finished(&self) -> bool {

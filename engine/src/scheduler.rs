@@ -84,8 +84,9 @@ impl Scheduler {
         self.sequences.insert(sequence.key, sequence);
     }
 
-    /// Decides the next step. `is_ready` says whether a request's reader has room for what the step brings.
-    pub(crate) fn schedule(&mut self, is_ready: impl Fn(&SequenceKey) -> bool) -> Schedule {
+    /// Decides the next step. `is_ready` says whether a request's reader has room for what the step brings;
+    /// unless `admits`, waiting sequences stay where they are.
+    pub(crate) fn schedule(&mut self, admits: bool, is_ready: impl Fn(&SequenceKey) -> bool) -> Schedule {
         let (active, paused): (Vec<_>, Vec<_>) = self.running.iter().copied().partition(|key| is_ready(key));
         let num_decodes = active.iter().filter(|key| self.sequences[*key].is_decoding()).count();
         let mut pass = Pass {
@@ -102,7 +103,8 @@ impl Scheduler {
                 self.plan(key, 1, false, &mut pass);
             }
         }
-        self.share_prompt_budget(prompts, is_ready, &mut pass);
+        let admits = admits && !pass.schedule.preempted;
+        self.share_prompt_budget(prompts, admits, is_ready, &mut pass);
         let mut schedule = pass.schedule;
         schedule.plan.block_size = self.limits.block_size as u32;
         schedule.plan.block_copies = self.blocks.copies().to_vec();
@@ -137,6 +139,17 @@ impl Scheduler {
         };
         self.sequences.insert(key, child);
         self.running.insert(key);
+    }
+
+    /// The KV memory is gone: every sequence waits, with all its tokens, as if it had been preempted.
+    pub(crate) fn reset(&mut self) {
+        for key in std::mem::take(&mut self.running) {
+            let sequence = self.sequences.get_mut(&key).expect("running sequences exist");
+            sequence.block_table.clear();
+            sequence.context_len = 0;
+            self.waiting.insert(key);
+        }
+        self.blocks.reset();
     }
 
     pub(crate) fn get(&self, key: &SequenceKey) -> Option<&Sequence> {
@@ -211,11 +224,11 @@ impl Scheduler {
     fn share_prompt_budget(
         &mut self,
         prompts: Vec<SequenceKey>,
+        mut admits: bool,
         is_ready: impl Fn(&SequenceKey) -> bool,
         pass: &mut Pass,
     ) {
         let mut newcomer = Bound::Unbounded;
-        let mut admits = !pass.schedule.preempted;
         for key in prompts {
             admits = admits && self.admit((newcomer, Bound::Excluded(key)), &is_ready, pass);
             newcomer = Bound::Excluded(key);

@@ -38,6 +38,15 @@ pub struct Snapshot {
     /// Prompt tokens found there.
     pub prefix_cache_hit_tokens: u64,
     pub preemptions: u64,
+    /// Times the executor's group of ranks was lost.
+    pub group_breaks: u64,
+    /// Whether nothing has run since the group was lost, or since the start when it has never been whole.
+    pub recovering: bool,
+    /// The last break that is over: from its notice to the end of the first step after it, or, when nothing
+    /// was to be run, until steps could run again.
+    pub last_recovery: Option<Duration>,
+    /// Requests that had output when the group broke and went on after it, once per break.
+    pub stream_resumes: u64,
     /// Output tokens per second over the last 10 s.
     pub tokens_per_second: f64,
     /// Requests completed per second over the last 10 s.
@@ -153,6 +162,10 @@ impl Snapshot {
             prefix_cache_query_tokens: 0,
             prefix_cache_hit_tokens: 0,
             preemptions: 0,
+            group_breaks: 0,
+            recovering: false,
+            last_recovery: None,
+            stream_resumes: 0,
             tokens_per_second: 0.0,
             requests_per_second: 0.0,
             num_blocks: config.num_blocks,

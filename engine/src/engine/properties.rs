@@ -1,16 +1,19 @@
 //! Random runs of whole engines against the oracle: whatever the batch, chunks, pool, cache, priorities,
-//! readers and departures, every request gets the tokens it would get alone; blocks come back, the ledger
-//! balances, nobody starves.
+//! readers, departures and breaks of the executor's group, every request gets the tokens it would get alone;
+//! blocks come back, the ledger balances, nobody starves.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::config::EngineConfig;
 use crate::engine::{Bounds, Engine};
+use crate::error::SubmitError;
 use crate::request::Request;
 use crate::sampling_params::SamplingParams;
 use crate::snapshot::Snapshot;
-use crate::testing::{Client, EOS, FakeExecutor, Oracle, Outcome, Rng, VOCAB, config, environment};
+use crate::testing::{
+    Client, EOS, FakeExecutor, Faults, Moment, Oracle, Outcome, Rng, VOCAB, config, environment,
+};
 
 const MODEL_LEN: usize = 96;
 
@@ -86,10 +89,34 @@ fn random_behaviour(rng: &mut Rng) -> Behaviour {
     }
 }
 
+/// Breaks the group now and then, and lets a rank announce that it will leave. A break throws all prompts
+/// back, so that a run ends only when breaks do.
+struct Troublemaker {
+    breaks_left: usize,
+}
+
+impl Troublemaker {
+    fn act(&mut self, rng: &mut Rng, faults: &Faults) {
+        if self.breaks_left > 0 && rng.once_in(15) {
+            self.breaks_left -= 1;
+            let moment = rng.pick(&[Moment::BetweenSteps, Moment::BeforeWrites, Moment::AfterWrites]);
+            faults.group.break_group(moment, rng.pick(&[0, 1, 2, 9]));
+        }
+        let leaving = &faults.group.leaving;
+        let is_leaving = leaving.load(Ordering::Relaxed);
+        leaving.store(if is_leaving { !rng.once_in(8) } else { rng.once_in(60) }, Ordering::Relaxed);
+    }
+}
+
 /// One whole run; the last snapshot, for what happened in it.
-fn run(seed: u64) -> Snapshot {
+fn run(seed: u64, with_breaks: bool) -> Snapshot {
     let mut rng = Rng(seed);
-    let config = random_config(&mut rng);
+    let mut config = random_config(&mut rng);
+    let mut troublemaker = with_breaks.then(|| {
+        // Without poison it is the epoch of the slots that tells old KV from new.
+        config.poison_freed_blocks = rng.once_in(2);
+        Troublemaker { breaks_left: rng.below(9) }
+    });
     let (environment, clock) = environment();
     let bounds = Bounds {
         stream_capacity: rng.pick(&[2, 5, 1000]),
@@ -111,7 +138,15 @@ fn run(seed: u64) -> Snapshot {
         assert!(round < 60_000, "seed {seed}: somebody starves");
         while clients.len() < num_clients && rng.once_in(4) {
             let request = random_request(&mut rng, &config);
+            if !handle.is_accepting() {
+                assert_eq!(handle.submit(request).err(), Some(SubmitError::NotReady));
+                continue;
+            }
             clients.push((Client::submit(&handle, request), random_behaviour(&mut rng)));
+        }
+        // A group that has never been whole cannot break.
+        if let Some(troublemaker) = troublemaker.as_mut().filter(|_| round > 1) {
+            troublemaker.act(&mut rng, &faults);
         }
         engine.step();
         clock.advance(Duration::from_millis(7));
@@ -128,6 +163,9 @@ fn run(seed: u64) -> Snapshot {
     let snapshot = handle.snapshot();
     check_totals(&snapshot, &clients, seed);
     clients.iter().for_each(|(client, _)| client.check(&oracle));
+    assert_eq!(snapshot.group_breaks, faults.group.breaks.load(Ordering::Relaxed), "seed {seed}");
+    assert_eq!(snapshot.stream_resumes, faults.group.resumes.load(Ordering::Relaxed), "seed {seed}");
+    assert!(!snapshot.errored.contains_key(&503), "seed {seed}: a break fails nobody");
     (*snapshot).clone()
 }
 
@@ -171,7 +209,7 @@ fn check_totals(snapshot: &Snapshot, clients: &[(Client, Behaviour)], seed: u64)
 
 #[test]
 fn random_runs_give_every_request_the_tokens_it_would_get_alone() {
-    let snapshots: Vec<Snapshot> = (0..400).map(run).collect();
+    let snapshots: Vec<Snapshot> = (0..400).map(|seed| run(seed, false)).collect();
     let sum = |count: fn(&Snapshot) -> u64| snapshots.iter().map(count).sum::<u64>();
     // The runs are worth something only if these happened, often.
     assert!(sum(|s| s.preemptions) > 200, "{} preemptions", sum(|s| s.preemptions));
@@ -182,4 +220,17 @@ fn random_runs_give_every_request_the_tokens_it_would_get_alone() {
     assert!(sum(|s| s.completed_stop) > 100 && sum(|s| s.completed_length) > 100);
     assert!(snapshots.iter().any(|s| s.max_step_sequences == 8));
     assert!(snapshots.iter().filter(|s| s.chunk_sizes.len() >= 3).count() > 100);
+}
+
+#[test]
+fn breaks_of_the_group_change_no_token_and_end_no_stream() {
+    let snapshots: Vec<Snapshot> = (1000..1500).map(|seed| run(seed, true)).collect();
+    let sum = |count: fn(&Snapshot) -> u64| snapshots.iter().map(count).sum::<u64>();
+    assert!(sum(|s| s.group_breaks) > 1000, "{} breaks", sum(|s| s.group_breaks));
+    assert!(sum(|s| s.stream_resumes) > 1000, "{} resumes", sum(|s| s.stream_resumes));
+    assert!(sum(|s| s.preemptions) > 200, "{} preemptions", sum(|s| s.preemptions));
+    assert!(sum(|s| s.block_copies) > 200, "{} copies", sum(|s| s.block_copies));
+    assert!(sum(|s| s.prefix_cache_hit_tokens) > 1000, "{} hits", sum(|s| s.prefix_cache_hit_tokens));
+    assert!(sum(|s| s.cancelled) > 50, "{} cancelled", sum(|s| s.cancelled));
+    assert!(snapshots.iter().any(|s| s.last_recovery.is_some_and(|gap| gap > Duration::from_millis(50))));
 }

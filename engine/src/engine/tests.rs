@@ -338,4 +338,5 @@ fn latencies_and_rates_are_those_of_the_clock() {
     assert_eq!(bench.handle.snapshot().tokens_per_second, 0.0);
 }
 
+mod breaks;
 mod readers;

@@ -9,7 +9,7 @@ use tandem_models::{ForwardBatch, Llama};
 use super::prepare::prepare;
 use super::sample::RowSampler;
 use super::{Executor, StepOutput};
-use crate::error::ExecutorError;
+use crate::error::{ExecutorError, ExecutorErrorKind};
 use crate::sample_row::SampleRow;
 use crate::step_plan::StepPlan;
 
@@ -31,7 +31,7 @@ impl LocalExecutor {
         kv_dtype: KvDType,
     ) -> Result<Self, ExecutorError> {
         let kv = KvCache::new(Llama::kv_cache_config(model.config(), num_blocks, kv_dtype))
-            .map_err(|error| ExecutorError { message: error.to_string(), fatal: true })?;
+            .map_err(|error| ExecutorError { message: error.to_string(), kind: ExecutorErrorKind::Fatal })?;
         let sampler = RowSampler::new(&cpu, model.config().vocab_size);
         Ok(Self { cpu, model, kv, batch: ForwardBatch::default(), sampler })
     }

@@ -19,12 +19,37 @@ pub trait Executor: Send {
     /// NaN included.
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError>;
 
+    /// How the executor is. Called before every step, and at least ten times a second while nothing runs;
+    /// must not wait. `running`: requests that hold blocks. When `admits` is false and nothing runs any more,
+    /// the group can pause.
+    fn poll(&mut self, _running: usize) -> ExecutorStatus {
+        ExecutorStatus::Ready { epoch: 0, admits: true }
+    }
+
     /// Gives up whatever a failed step left half done; called after `run` failed and when the engine stops.
     fn abort(&mut self);
 
     /// Overwrites the KV of these blocks with NaN (tests switch it on). Called between steps, before the plan
     /// that may use them again.
     fn poison_blocks(&mut self, blocks: &[u32]);
+}
+
+/// Whether an executor can run steps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecutorStatus {
+    /// Steps can run.
+    Ready {
+        /// Names the KV memory: when it changes, nothing computed before exists any more.
+        epoch: u64,
+        /// False while the group wants running requests to end before it pauses, because a rank is about to
+        /// leave: running sequences go on, waiting ones are not taken in, new requests are refused.
+        admits: bool,
+    },
+    /// No step can run until the group is whole again, with another epoch. The reason is for logs and
+    /// clients.
+    Waiting { reason: String },
+    /// It will never be ready again: the engine stops.
+    Failed { reason: String },
 }
 
 /// Answers to the rows of a step.

@@ -11,7 +11,7 @@ use crate::config::EngineConfig;
 use crate::environment::Environment;
 use crate::error::SubmitError;
 use crate::stream::{Event, RequestStream};
-use crate::testing::{FakeExecutor, Faults, config, request};
+use crate::testing::{FakeExecutor, Faults, Moment, config, request};
 
 const GENEROUS: Duration = Duration::from_secs(20);
 
@@ -235,6 +235,50 @@ fn the_idle_thread_ticks_and_a_busy_one_shows_its_age() {
     wait_until("a long step is noticed", || handle.last_tick_age() > Duration::from_millis(200));
     read_to_end(stream);
     handle.shutdown();
+}
+
+#[test]
+fn a_thread_that_waits_for_its_group_ticks_without_spinning() {
+    let (handle, faults) = start(config());
+    faults.step_ms.store(5, Ordering::Relaxed);
+    let stream = handle.submit(request(1, 10, 200)).unwrap();
+    wait_until("output comes", || handle.snapshot().generation_tokens > 3);
+    faults.group.break_group(Moment::AfterWrites, u64::MAX);
+    wait_until("the break is noticed", || handle.snapshot().recovering && !handle.is_accepting());
+    let polls = || faults.group.polls.load(Ordering::Relaxed);
+    let (start, first) = (Instant::now(), polls());
+    wait_until("polls go on", || {
+        assert!(handle.last_tick_age() < Duration::from_secs(5));
+        polls() > first + 6
+    });
+    // One poll may have been under way, and a wait may end a little early.
+    let most = start.elapsed().as_millis() as u64 / 45 + 2;
+    assert!(polls() - first <= most, "{} polls where {most} are enough", polls() - first);
+    assert_eq!(handle.submit(request(2, 10, 5)).err(), Some(SubmitError::NotReady));
+    faults.step_ms.store(0, Ordering::Relaxed);
+    faults.group.heal();
+    let events = read_to_end(stream);
+    assert_eq!(events.len(), 202, "{:?}", events.last());
+    assert!(handle.is_accepting());
+    assert_eq!(handle.snapshot().stream_resumes, 1);
+    handle.begin_drain();
+    assert!(!handle.is_accepting());
+
+    // The end comes through while the group is away.
+    let (handle, faults) = start_away();
+    let waited = handle.state();
+    handle.shutdown();
+    assert_eq!((waited, handle.state()), (EngineState::Running, EngineState::Stopped));
+    assert!(faults.aborts.load(Ordering::Relaxed) > 0);
+}
+
+/// An engine whose group is not whole from the start on.
+fn start_away() -> (EngineHandle, Arc<Faults>) {
+    let (executor, faults) = FakeExecutor::new(&config());
+    faults.group.break_group(Moment::BetweenSteps, u64::MAX);
+    let handle = spawn_with(executor, config(), Environment::system());
+    wait_until("the engine knows", || !handle.is_accepting());
+    (handle, faults)
 }
 
 #[test]

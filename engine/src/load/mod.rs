@@ -275,6 +275,7 @@ impl Inspected {
             max_queued_bytes: options.max_queued_bytes,
             eos_token_ids: self.info.eos_token_ids.clone(),
             model_fingerprint: self.info.fingerprint,
+            recovery_timeout: EngineConfig::default().recovery_timeout,
             poison_freed_blocks: options.poison_freed_blocks,
         };
         let llama_options = LlamaOptions {

@@ -6,11 +6,12 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::fake_group::{FakeGroup, GroupFaults, Moment};
 use super::oracle::{hash, logit, pick, repeat};
 use super::{VOCAB, oracle};
 use crate::config::EngineConfig;
-use crate::error::{ExecutorError, RowError};
-use crate::executor::{Executor, SampledToken, StepOutput};
+use crate::error::{ExecutorError, ExecutorErrorKind, RowError};
+use crate::executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
 use crate::sample_row::{Draw, RowKind, SampleRow};
 use crate::step_plan::{PlannedSequence, StepPlan};
 use crate::stream::TokenLogprobs;
@@ -29,15 +30,31 @@ pub(crate) struct Faults {
     pub(crate) step_ms: AtomicU64,
     pub(crate) steps: AtomicU64,
     pub(crate) aborts: AtomicU64,
+    /// Rows that scored a prompt token.
+    pub(crate) scored_rows: AtomicU64,
+    pub(crate) group: GroupFaults,
 }
 
 pub(crate) struct FakeExecutor {
     config: EngineConfig,
     max_logits_rows: usize,
-    /// (position, token) by slot; `None` is NaN.
-    slots: Vec<Option<(u32, u32)>>,
+    /// `None` is NaN.
+    slots: Vec<Option<Slot>>,
+    group: FakeGroup,
     faults: Arc<Faults>,
 }
+
+/// What stands in for one token's KV.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    position: u32,
+    token: u32,
+    /// Of the group that wrote it.
+    epoch: u64,
+}
+
+/// Memory that nobody has written looks like somebody's KV until it is poisoned.
+const GARBAGE: Slot = Slot { position: 0, token: 7, epoch: 0 };
 
 impl FakeExecutor {
     pub(crate) fn new(config: &EngineConfig) -> (Box<Self>, Arc<Faults>) {
@@ -50,9 +67,14 @@ impl FakeExecutor {
         max_logits_rows: usize,
     ) -> (Box<Self>, Arc<Faults>) {
         let faults = Arc::new(Faults::default());
-        // Fresh memory looks like somebody's KV until it is poisoned.
-        let slots = vec![Some((0, 7)); config.num_blocks * config.block_size];
-        (Box::new(Self { config: config.clone(), max_logits_rows, slots, faults: faults.clone() }), faults)
+        let executor = Self {
+            config: config.clone(),
+            max_logits_rows,
+            slots: vec![Some(GARBAGE); config.num_blocks * config.block_size],
+            group: FakeGroup::new(),
+            faults: faults.clone(),
+        };
+        (Box::new(executor), faults)
     }
 
     fn check_plan(&self, plan: &StepPlan) {
@@ -92,7 +114,8 @@ impl FakeExecutor {
                 let position = sequence.context_len as usize + offset;
                 let slot = self.slot(sequence, position);
                 assert!(written.insert(slot), "two sequences write to one slot");
-                self.slots[slot] = Some((position as u32, *token));
+                let (position, epoch) = (position as u32, self.group.epoch());
+                self.slots[slot] = Some(Slot { position, token: *token, epoch });
             }
         }
     }
@@ -100,9 +123,10 @@ impl FakeExecutor {
     /// Tokens of positions `0..=position`, read back through the block table.
     fn history(&self, sequence: &PlannedSequence, position: usize) -> Vec<u32> {
         let read = |position: usize| {
-            let (stored, token) = self.slots[self.slot(sequence, position)].expect("a poisoned slot is read");
-            assert_eq!(stored as usize, position, "a slot of another position is read");
-            token
+            let slot = self.slots[self.slot(sequence, position)].expect("a poisoned slot is read");
+            assert_eq!(slot.epoch, self.group.epoch(), "a slot of another epoch is read");
+            assert_eq!(slot.position as usize, position, "a slot of another position is read");
+            slot.token
         };
         (0..=position).map(read).collect()
     }
@@ -113,7 +137,10 @@ impl FakeExecutor {
             return Err(RowError::NotFinite);
         }
         let token = match &row.kind {
-            RowKind::Score { target } => *target,
+            RowKind::Score { target } => {
+                self.faults.scored_rows.fetch_add(1, Ordering::Relaxed);
+                *target
+            }
             RowKind::Sample(draw) => {
                 assert_eq!(draw.key.position as usize, history.len());
                 self.draw(history, draw)?
@@ -155,40 +182,73 @@ pub(crate) fn logprobs(history: &[u32], token: u32, top: usize) -> TokenLogprobs
     TokenLogprobs { token, logprob: all[rank].1, rank: rank as u32 + 1, top: all[..top].to_vec() }
 }
 
+fn group_lost() -> ExecutorError {
+    ExecutorError { message: "told to break".into(), kind: ExecutorErrorKind::GroupLost }
+}
+
 impl Executor for FakeExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
         let step = self.faults.steps.fetch_add(1, Ordering::Relaxed) + 1;
         assert_ne!(step, self.faults.panic_at.load(Ordering::Relaxed), "a step that was told to panic");
         std::thread::sleep(std::time::Duration::from_millis(self.faults.step_ms.load(Ordering::Relaxed)));
+        self.group.assert_whole();
         self.check_plan(plan);
+        if self.group.breaks_at(Moment::BeforeWrites, &self.faults.group) {
+            return Err(group_lost());
+        }
         self.copy_blocks(plan);
         self.write(plan);
+        if self.group.breaks_at(Moment::AfterWrites, &self.faults.group) {
+            return Err(group_lost());
+        }
         let every = self.faults.fail_every.load(Ordering::Relaxed);
         if every > 0 && step.is_multiple_of(every) {
             let fatal = self.faults.fail_fatally.load(Ordering::Relaxed);
-            return Err(ExecutorError { message: "told to fail".into(), fatal });
+            let kind = if fatal { ExecutorErrorKind::Fatal } else { ExecutorErrorKind::Step };
+            return Err(ExecutorError { message: "told to fail".into(), kind });
         }
 
-        let mut histories = Vec::new();
+        let (mut histories, mut owners) = (Vec::new(), Vec::new());
         for sequence in &plan.sequences {
             // The whole context is read in every step, as attention does.
             self.history(sequence, sequence.context_len as usize + sequence.token_ids.len() - 1);
             for offset in &sequence.logits_rows {
                 histories.push(self.history(sequence, (sequence.context_len + offset) as usize));
+                owners.push(sequence.request);
             }
         }
         assert_eq!(histories.len(), plan.num_logits_rows());
-        Ok(StepOutput {
-            rows: rows.iter().map(|row| self.answer(&histories[row.logits_row as usize], row)).collect(),
-            ..StepOutput::default()
-        })
+        let answers: Vec<_> =
+            rows.iter().map(|row| self.answer(&histories[row.logits_row as usize], row)).collect();
+        let drew = rows
+            .iter()
+            .zip(&answers)
+            .filter(|(row, answer)| matches!(row.kind, RowKind::Sample(_)) && answer.is_ok());
+        let drew = drew.map(|(row, _)| owners[row.logits_row as usize]).collect();
+        self.group.ran(plan.sequences.iter().map(|sequence| sequence.request), drew, &self.faults.group);
+        Ok(StepOutput { rows: answers, ..StepOutput::default() })
+    }
+
+    fn poll(&mut self, running: usize) -> ExecutorStatus {
+        let epoch = self.group.epoch();
+        let status = self.group.poll(running, &self.faults.group);
+        if self.group.epoch() != epoch {
+            // The new memory is full of what looks like the KV of others.
+            self.slots.rotate_left(self.config.block_size);
+            self.slots.iter_mut().for_each(|slot| {
+                slot.get_or_insert(GARBAGE);
+            });
+        }
+        status
     }
 
     fn abort(&mut self) {
+        self.group.abort();
         self.faults.aborts.fetch_add(1, Ordering::Relaxed);
     }
 
     fn poison_blocks(&mut self, blocks: &[u32]) {
+        self.group.assert_whole();
         let size = self.config.block_size;
         for block in blocks {
             self.slots[*block as usize * size..(*block as usize + 1) * size].fill(None);

@@ -3,6 +3,7 @@
 
 mod client;
 mod fake_executor;
+mod fake_group;
 mod oracle;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use client::{Client, Outcome};
 pub(crate) use fake_executor::{FakeExecutor, Faults};
+pub(crate) use fake_group::Moment;
 pub(crate) use oracle::Oracle;
 
 use crate::config::EngineConfig;

@@ -48,7 +48,7 @@ pub(super) enum ApiError {
     /// 503: the queue is full.
     #[error("the server is overloaded, try again")]
     Overloaded,
-    /// 503: loading, draining, stopped or failed.
+    /// 503: loading, waiting for its group, draining, stopped or failed.
     #[error("the server is not ready: {0}")]
     NotReady(&'static str),
     /// 503 after the request was admitted, for example during a drain.
@@ -89,6 +89,7 @@ impl ApiError {
                 Self::invalid(param, format!("`{param}` {message}"))
             }
             SubmitError::QueueFull => Self::Overloaded,
+            SubmitError::NotReady => Self::NotReady("waiting for its group of ranks"),
             SubmitError::Draining => Self::NotReady("draining"),
             // Another worker can answer; this one is on its way out.
             SubmitError::Stopped => Self::NotReady("stopped"),
@@ -235,6 +236,7 @@ mod tests {
         let cases = [
             (ApiError::from_submit(invalid), 400, Some("top_p"), false),
             (ApiError::from_submit(SubmitError::QueueFull), 503, None, true),
+            (ApiError::from_submit(SubmitError::NotReady), 503, None, true),
             (ApiError::from_submit(SubmitError::Draining), 503, None, true),
             (ApiError::from_submit(SubmitError::Stopped), 503, None, true),
             (ApiError::ModelNotFound("x".into()), 404, Some("model"), false),

@@ -1,11 +1,12 @@
 //! Pages of metrics, read back as Prometheus would.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
 
 use serde_json::json;
 
-use super::client::Connection;
-use super::{Server, get};
+use super::client::{Connection, post};
+use super::{Server, get, streamed_text};
 
 /// A page taken apart: type by family, value by series.
 struct Page {
@@ -107,4 +108,32 @@ async fn the_metrics_port_answers_probes_too() {
         connection.send(&get(path, "")).await;
         assert_eq!(connection.answer().await.status, status, "{path}");
     }
+}
+
+#[tokio::test]
+async fn a_stream_outlives_a_break_of_the_group_and_is_counted() {
+    let server = Server::plain().await;
+    server.slow_down(20);
+    let body = json!({"prompt": [97], "max_tokens": 60, "ignore_eos": true, "stream": true});
+    let mut connection = server.connect().await;
+    connection.send(&post("/v1/completions", &body.to_string(), "")).await;
+    assert!(connection.read_until("data: ").await);
+
+    server.knobs.group_away.store(true, Ordering::Relaxed);
+    server.until("the break is noticed", |snapshot| snapshot.recovering).await;
+    let refused = server.complete(json!({"prompt": [97], "max_tokens": 1})).await;
+    assert_eq!(refused.error().0, 503);
+    assert!(refused.header("retry-after").is_some(), "{refused:?}");
+    let series = r#"llm_stream_resumes_total{model_name="toy"}"#;
+    let resumes = async || Page::parse(&server.get("/metrics").await.body).value(series);
+    assert_eq!(resumes().await, 0.0);
+
+    server.slow_down(0);
+    server.knobs.group_away.store(false, Ordering::Relaxed);
+    let answer = connection.answer().await;
+    // Two of the sixty are the ignored end after a `z`, which has no text.
+    let expected: String = ('b'..='z').chain('a'..='z').chain('a'..='z').take(58).collect();
+    assert_eq!(streamed_text(&answer.events(), 0), expected);
+    assert_eq!(resumes().await, 1.0);
+    assert_eq!(server.complete(json!({"prompt": [97], "max_tokens": 1})).await.status, 200);
 }

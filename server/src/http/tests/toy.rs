@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tandem_engine::{
-    EngineConfig, Executor, ExecutorError, GenerationConfig, ModelInfo, RowError, RowKind, SampleRow,
-    SampledToken, StepOutput, StepPlan, TokenLogprobs,
+    EngineConfig, Executor, ExecutorError, ExecutorStatus, GenerationConfig, ModelInfo, RowError, RowKind,
+    SampleRow, SampledToken, StepOutput, StepPlan, TokenLogprobs,
 };
 
 use crate::config::{self, ServeConfig};
@@ -30,6 +30,8 @@ pub(super) struct Knobs {
     pub(super) step_ms: AtomicU64,
     /// Every row fails.
     pub(super) fail_rows: AtomicBool,
+    /// The executor's group is not whole.
+    pub(super) group_away: AtomicBool,
 }
 
 struct Toy {
@@ -46,6 +48,13 @@ impl Executor for Toy {
             .collect();
         let rows = rows.iter().map(|row| self.answer(row, inputs[row.logits_row as usize])).collect();
         Ok(StepOutput { rows, ..StepOutput::default() })
+    }
+
+    fn poll(&mut self, _running: usize) -> ExecutorStatus {
+        if self.knobs.group_away.load(Ordering::Relaxed) {
+            return ExecutorStatus::Waiting { reason: "told to".into() };
+        }
+        ExecutorStatus::Ready { epoch: 0, admits: true }
     }
 
     fn abort(&mut self) {}

@@ -1,0 +1,157 @@
+//! When the executor's group of ranks breaks, and when it is whole again.
+//!
+//! KV belongs to one epoch of the group: with the epoch every block goes, but no token. All sequences go back
+//! to waiting with what they have emitted, as if they had been preempted, and are computed again when steps
+//! can run. No request fails for it, unless the group stays away longer than the configuration allows.
+//!
+//! An outage lasts from the notice of a break to the first step after it. The group may be ready and break
+//! again in between; to the requests, that is one wait.
+
+use std::time::Instant;
+
+use super::Engine;
+use crate::error::RequestFailure;
+use crate::executor::ExecutorStatus;
+use crate::scheduler::Schedule;
+
+/// What the executor last said of its group.
+pub(super) struct Group {
+    /// Of the last time it was ready.
+    epoch: Option<u64>,
+    phase: Phase,
+    outage: Option<Outage>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Ready {
+        admits: bool,
+    },
+    /// A step or a new epoch told of a break; the executor has not been asked since.
+    Lost,
+    Waiting,
+}
+
+#[derive(Clone, Copy)]
+struct Outage {
+    since: Instant,
+    /// The group had been whole before.
+    is_break: bool,
+}
+
+impl Default for Group {
+    /// Nothing bad has been heard.
+    fn default() -> Self {
+        Self { epoch: None, phase: Phase::Ready { admits: true }, outage: None }
+    }
+}
+
+impl Group {
+    /// Whether a step can run.
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self.phase, Phase::Ready { .. })
+    }
+
+    /// Whether a waiting sequence may be taken in.
+    pub(super) fn admits(&self) -> bool {
+        self.phase == Phase::Ready { admits: true }
+    }
+}
+
+impl Engine {
+    /// Asks how the executor is, and draws the consequences.
+    pub(super) fn poll_executor(&mut self) {
+        match self.executor.poll(self.scheduler.num_running_requests()) {
+            ExecutorStatus::Ready { epoch, admits } => self.be_ready(epoch, admits),
+            ExecutorStatus::Waiting { reason } => self.wait_for_group(&reason),
+            ExecutorStatus::Failed { reason } => {
+                tracing::error!(reason, "the executor has failed");
+                self.stopping = true;
+            }
+        }
+        self.shared.set_admits(self.group.admits());
+        self.fail_overdue();
+    }
+
+    /// All KV is gone. Nothing is left of a step that was half done; no request ends.
+    pub(super) fn lose_group(&mut self) {
+        if !self.group.is_ready() {
+            return;
+        }
+        self.scheduler.reset();
+        self.group.phase = Phase::Lost;
+        self.shared.set_admits(false);
+        let now = self.shared.environment.clock.now();
+        let is_break = self.group.epoch.is_some();
+        self.recorder.outage_began(is_break);
+        let is_new = self.group.outage.is_none();
+        self.group.outage.get_or_insert(Outage { since: now, is_break });
+        for request in self.requests.values_mut() {
+            if is_new {
+                request.stranded_since = Some(now);
+            }
+            request.stranded_since.get_or_insert(now);
+            request.is_interrupted |= request.has_output();
+        }
+    }
+
+    fn be_ready(&mut self, epoch: u64, admits: bool) {
+        if self.group.epoch.is_some_and(|last| last != epoch) {
+            self.lose_group();
+        }
+        if !self.group.is_ready() {
+            tracing::info!(epoch, requests = self.requests.len(), "the group of ranks is whole");
+        }
+        self.group.epoch = Some(epoch);
+        self.group.phase = Phase::Ready { admits };
+    }
+
+    fn wait_for_group(&mut self, reason: &str) {
+        self.lose_group();
+        if self.group.phase != Phase::Waiting {
+            tracing::warn!(reason, requests = self.requests.len(), "waiting for the group of ranks");
+        }
+        self.group.phase = Phase::Waiting;
+    }
+
+    /// Ends requests that have waited for the group as long as any may.
+    fn fail_overdue(&mut self) {
+        if self.group.outage.is_none() || self.group.admits() {
+            return;
+        }
+        let now = self.shared.environment.clock.now();
+        let timeout = self.shared.config.recovery_timeout;
+        let is_overdue = |since: Instant| now.saturating_duration_since(since) >= timeout;
+        let overdue: Vec<u64> = (self.requests.values())
+            .filter(|request| request.stranded_since.is_some_and(is_overdue))
+            .map(|request| request.serial)
+            .collect();
+        overdue.into_iter().for_each(|serial| self.fail(serial, RequestFailure::not_recovered(timeout)));
+    }
+
+    /// A step has run: its interrupted requests go on.
+    pub(super) fn note_resumes(&mut self, schedule: &Schedule) {
+        self.end_outage();
+        for key in &schedule.keys {
+            let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
+            if std::mem::take(&mut request.is_interrupted) {
+                self.recorder.resumed();
+            }
+        }
+    }
+
+    /// Steps can run, and there is none to be run.
+    pub(super) fn note_nothing_to_resume(&mut self) {
+        // Whoever is not taken in still waits for the group.
+        if self.group.admits() || self.requests.is_empty() {
+            self.end_outage();
+        }
+    }
+
+    fn end_outage(&mut self) {
+        if let Some(outage) = self.group.outage.take() {
+            let gap = self.shared.environment.clock.now().saturating_duration_since(outage.since);
+            self.recorder.outage_ended(outage.is_break.then_some(gap));
+        }
+    }
+}
