@@ -62,7 +62,7 @@ impl EngineConfig {
 
     /// Rows of logits that one step may ask for: V × 4 bytes each, so a chunk whose prompt is scored is cut to this.
     pub(crate) fn max_logits_rows(&self) -> usize {
-        self.max_num_seqs.max(256)
+        max_logits_rows(self.max_num_seqs)
     }
 
     /// # Panics
@@ -81,4 +81,9 @@ impl EngineConfig {
         assert!(self.block_size > 0 && self.num_blocks > 0, "the KV pool must not be empty");
         assert!(self.num_blocks <= i32::MAX as usize, "num_blocks out of range");
     }
+}
+
+/// Rows of logits that one step may ask for.
+pub(crate) fn max_logits_rows(max_num_seqs: usize) -> usize {
+    max_num_seqs.max(256)
 }

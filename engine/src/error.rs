@@ -89,6 +89,12 @@ pub struct ExecutorError {
     pub kind: ExecutorErrorKind,
 }
 
+impl ExecutorError {
+    pub(crate) fn fatal(message: impl Into<String>) -> Self {
+        Self { message: message.into(), kind: ExecutorErrorKind::Fatal }
+    }
+}
+
 /// How far a failed step reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExecutorErrorKind {

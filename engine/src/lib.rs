@@ -24,6 +24,7 @@ mod engine;
 mod environment;
 mod error;
 pub mod executor;
+mod group;
 mod handle;
 mod histogram;
 mod load;
@@ -48,11 +49,14 @@ pub use engine::{Engine, StepStatus};
 pub use environment::{Clock, Environment, FixedSeeds, SeedSource, SystemClock, SystemSeeds};
 pub use error::{ExecutorError, ExecutorErrorKind, InvalidParam, RequestFailure, RowError, SubmitError};
 pub use executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
+pub use group::{
+    GroupReport, GroupState, GroupStatus, RankEnd, RankOptions, RankOrder, RankReport, run_rank,
+};
 pub use handle::{EngineHandle, EngineState, spawn, spawn_with};
 pub use histogram::Histogram;
 pub use load::{
-    BackendInfo, EngineOptions, EnginePlan, Inspected, LoadError, LoadFormat, Loaded, MachineInfo,
-    ModelDType, ModelInfo, ModelOptions, inspect, machine_info, measure_limits,
+    BackendInfo, EngineOptions, EnginePlan, Gathering, Inspected, LeadOptions, LoadError, LoadFormat, Loaded,
+    MachineInfo, ModelDType, ModelInfo, ModelOptions, inspect, machine_info, measure_limits,
 };
 pub use penalties::TokenUse;
 pub use request::Request;
@@ -63,4 +67,7 @@ pub use step_plan::{BlockCopy, PlannedSequence, StepPlan};
 pub use stream::{Event, FinishReason, RequestStream, TokenLogprobs};
 /// What the crate above needs of the crates below, as plain data.
 pub use tandem_kernels::{Activations, DType, Isa, KvDType, limits::Limits};
-pub use tandem_models::{GenerationConfig, GgufTokenizer, HuggingFaceTokenizer, TokenizerFiles};
+pub use tandem_models::{
+    GenerationConfig, GgufTokenizer, HuggingFaceTokenizer, TensorParallel, TokenizerFiles,
+};
+pub use tandem_wire::{GroupKey, WireError};

@@ -102,6 +102,18 @@ impl ModelConfig {
         self.num_kv_heads * self.head_dim
     }
 
+    /// Operations of all decoder layers' linear layers for one token, two per multiply-add.
+    pub fn layer_flops_per_token(&self) -> u64 {
+        let (hidden, query, kv) = (self.hidden_size, self.query_size(), self.kv_size());
+        let per_layer = hidden * (query + 2 * kv) + query * hidden + 3 * hidden * self.intermediate_size;
+        2 * (self.num_layers * per_layer) as u64
+    }
+
+    /// Operations of the LM head for one row of logits.
+    pub fn head_flops_per_row(&self) -> u64 {
+        2 * (self.hidden_size * self.vocab_size) as u64
+    }
+
     /// Query heads that share one KV head, `H / K`.
     pub fn group_size(&self) -> usize {
         self.num_heads / self.num_kv_heads

@@ -25,6 +25,12 @@ pub struct Shard {
 impl Shard {
     /// The whole model in one rank.
     pub const WHOLE: Self = Self { rank: 0, size: 1 };
+
+    /// The configuration of this rank's share of a model that [`TensorParallel::plan`] took: its heads and its width of the MLP;
+    /// all else is the whole model's.
+    pub fn config(self, whole: &ModelConfig) -> ModelConfig {
+        Share::new(whole, self).config(whole)
+    }
 }
 
 impl Default for Shard {

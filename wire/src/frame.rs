@@ -69,6 +69,11 @@ struct Rest {
 }
 
 impl Assembler {
+    /// Whether every byte taken belongs to a message that was returned.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.header_len == 0 && self.frame.is_none() && self.message.is_none()
+    }
+
     /// Takes bytes from the front of `bytes` until a message is whole, which it returns, or none are left.
     pub(crate) fn take(&mut self, bytes: &mut &[u8]) -> Result<Option<Message>, WireError> {
         loop {

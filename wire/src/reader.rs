@@ -69,6 +69,12 @@ impl LinkReader {
         received
     }
 
+    /// The bare stream, for a protocol other than messages; `None` when bytes were read that belong to no message
+    /// taken so far.
+    pub fn into_stream(self) -> Option<TcpStream> {
+        (self.unread.is_empty() && self.assembler.is_empty()).then_some(self.stream)
+    }
+
     fn receive(&mut self, timeout: Duration) -> Result<Option<Message>, WireError> {
         if let Some(message) = self.take_unread()? {
             return Ok(Some(message));

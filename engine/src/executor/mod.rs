@@ -1,8 +1,8 @@
 //! The one thing the engine knows about computing: a step plan goes in, tokens come out.
 
 pub(crate) mod local;
-mod prepare;
-mod sample;
+pub(crate) mod prepare;
+pub(crate) mod sample;
 
 use std::time::Duration;
 

@@ -5,7 +5,7 @@ use tandem_models::ForwardBatch;
 use crate::step_plan::{PlannedSequence, StepPlan};
 
 /// Fills `batch` from `plan`; its vectors keep their memory from step to step.
-pub(super) fn prepare(plan: &StepPlan, batch: &mut ForwardBatch) {
+pub(crate) fn prepare(plan: &StepPlan, batch: &mut ForwardBatch) {
     clear(batch);
     batch.cu_seqlens.push(0);
     batch.block_table_offsets.push(0);

@@ -12,7 +12,7 @@ use crate::sample_row::{Draw, NoiseKey, RowKind, SampleRow};
 use crate::stream::TokenLogprobs;
 
 /// Answers the rows of a step.
-pub(super) struct RowSampler {
+pub(crate) struct RowSampler {
     vocab_size: usize,
     /// One for each worker.
     workers: Vec<Scratch>,
@@ -27,13 +27,13 @@ struct Scratch {
 }
 
 impl RowSampler {
-    pub(super) fn new(cpu: &Cpu, vocab_size: usize) -> Self {
+    pub(crate) fn new(cpu: &Cpu, vocab_size: usize) -> Self {
         let workers = (0..cpu.threads()).map(|_| Scratch::default()).collect();
         Self { vocab_size, workers }
     }
 
     /// Answers every row, in their order; `logits` is `[R, V]`.
-    pub(super) fn sample(
+    pub(crate) fn sample(
         &mut self,
         cpu: &Cpu,
         logits: &[f32],

@@ -4,6 +4,7 @@
 //! turns the machine's memory into a number of KV blocks; [`Inspected::load`] packs the weights. What the crate above
 //! needs of the crates below it gets here, as plain data.
 
+mod group;
 mod machine;
 mod plan;
 
@@ -17,10 +18,11 @@ use tandem_models::{
 };
 use thiserror::Error;
 
+pub use group::{Gathering, LeadOptions};
 pub use machine::{MachineInfo, machine_info};
 pub use plan::EnginePlan;
 
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, max_logits_rows};
 use crate::error::ExecutorError;
 use crate::executor::Executor;
 use crate::executor::local::LocalExecutor;
@@ -86,6 +88,13 @@ pub struct EngineOptions {
     pub poison_freed_blocks: bool,
 }
 
+impl EngineOptions {
+    /// As [`EngineConfig::max_logits_rows`].
+    pub(crate) fn max_logits_rows(&self) -> usize {
+        max_logits_rows(self.max_num_seqs)
+    }
+}
+
 impl Default for EngineOptions {
     fn default() -> Self {
         let config = EngineConfig::default();
@@ -148,7 +157,10 @@ pub struct ModelInfo {
 #[derive(Debug, Clone, PartialEq)]
 pub struct BackendInfo {
     pub backend: &'static str,
+    /// Processes that compute one step together.
+    pub ranks: usize,
     pub isa: &'static str,
+    /// Of each rank.
     pub threads: usize,
     /// Arithmetic class of the linear layers.
     pub activations: Activations,
@@ -263,21 +275,7 @@ impl Inspected {
     /// As [`Inspected::plan`]; also what packing finds.
     pub fn load(self, options: &EngineOptions) -> Result<Loaded, LoadError> {
         let plan = self.plan(options)?;
-        let config = EngineConfig {
-            vocab_size: self.info.vocab_size,
-            max_model_len: plan.max_model_len,
-            max_num_seqs: options.max_num_seqs,
-            max_num_batched_tokens: options.max_num_batched_tokens,
-            block_size: plan.block_size,
-            num_blocks: plan.num_blocks,
-            prefix_caching: options.prefix_caching,
-            max_queued_requests: options.max_queued_requests,
-            max_queued_bytes: options.max_queued_bytes,
-            eos_token_ids: self.info.eos_token_ids.clone(),
-            model_fingerprint: self.info.fingerprint,
-            recovery_timeout: EngineConfig::default().recovery_timeout,
-            poison_freed_blocks: options.poison_freed_blocks,
-        };
+        let config = self.engine_config(options, &plan);
         let llama_options = LlamaOptions {
             activations: plan.activations,
             max_tokens: config.max_num_batched_tokens,
@@ -291,16 +289,35 @@ impl Inspected {
         let model = Llama::load(&cpu, &name, model_config, self.files.weights(), llama_options)?;
         let backend = BackendInfo {
             backend: "cpu",
+            ranks: 1,
             isa: cpu.isa().name(),
             threads: cpu.threads(),
             activations: model.activations(),
-            layer_flops_per_token: model.layer_flops_per_token(),
-            head_flops_per_row: model.head_flops_per_row(),
+            layer_flops_per_token: model.config().layer_flops_per_token(),
+            head_flops_per_row: model.config().head_flops_per_row(),
             weight_bytes: model.bytes_per_step(),
             kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens as u64,
         };
         let executor = LocalExecutor::new(cpu, model, plan.num_blocks, plan.kv_dtype)?;
         Ok(Loaded { executor: Box::new(executor), config, plan, backend })
+    }
+
+    fn engine_config(&self, options: &EngineOptions, plan: &EnginePlan) -> EngineConfig {
+        EngineConfig {
+            vocab_size: self.info.vocab_size,
+            max_model_len: plan.max_model_len,
+            max_num_seqs: options.max_num_seqs,
+            max_num_batched_tokens: options.max_num_batched_tokens,
+            block_size: plan.block_size,
+            num_blocks: plan.num_blocks,
+            prefix_caching: options.prefix_caching,
+            max_queued_requests: options.max_queued_requests,
+            max_queued_bytes: options.max_queued_bytes,
+            eos_token_ids: self.info.eos_token_ids.clone(),
+            model_fingerprint: self.info.fingerprint,
+            recovery_timeout: EngineConfig::default().recovery_timeout,
+            poison_freed_blocks: options.poison_freed_blocks,
+        }
     }
 
     fn activations(&self) -> Activations {

@@ -121,19 +121,6 @@ impl Llama {
         layers.chain([&self.lm_head]).map(|linear| linear.bytes() as u64).sum()
     }
 
-    /// Operations of all decoder layers' linear layers for one token, two per multiply-add.
-    pub fn layer_flops_per_token(&self) -> u64 {
-        let config = &self.config;
-        let (hidden, query, kv) = (config.hidden_size, config.query_size(), config.kv_size());
-        let per_layer = hidden * (query + 2 * kv) + query * hidden + 3 * hidden * config.intermediate_size;
-        2 * (config.num_layers * per_layer) as u64
-    }
-
-    /// Operations of the LM head for one row of logits.
-    pub fn head_flops_per_row(&self) -> u64 {
-        2 * (self.config.hidden_size * self.config.vocab_size) as u64
-    }
-
     /// Arithmetic class of most of the model's linear layers, by weight.
     pub fn activations(&self) -> Activations {
         self.layers[self.layers.len() / 2].gate_up.activations()

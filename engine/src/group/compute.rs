@@ -1,0 +1,177 @@
+//! The computing thread of a rank: one job after another, until its epoch is given up.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tandem_kernels::KvDType;
+use tandem_kernels::comm::{AbortHandle, TcpCommunicator, TcpOptions};
+use tandem_kernels::cpu::{Cpu, KvCache};
+use tandem_models::{ForwardBatch, Llama};
+
+use super::agent::{Done, Job};
+use super::mesh::Mesh;
+use super::message::{Answer, MemberAddress, Step};
+use super::rows::OwnedRow;
+use crate::executor::prepare::prepare;
+use crate::executor::sample::RowSampler;
+
+/// How long a collective may take. The leader ends a step that hangs long before; this is for a rank that is alone with a
+/// connection that nobody ends.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// What is given up, seen by the computing thread and whoever tells it to.
+#[derive(Default)]
+pub(super) struct Aborts {
+    /// Everything of this epoch and older ones.
+    epoch: AtomicU64,
+    /// Of the live communicator.
+    handle: Mutex<Option<AbortHandle>>,
+}
+
+impl Aborts {
+    /// Makes whatever of `epoch` or an older one runs end at once.
+    pub(super) fn abort(&self, epoch: u64) {
+        self.epoch.fetch_max(epoch, Ordering::SeqCst);
+        if let Some(handle) = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            handle.abort();
+        }
+    }
+
+    fn is_over(&self, epoch: u64) -> bool {
+        self.epoch.load(Ordering::SeqCst) >= epoch
+    }
+
+    /// Puts the handle of an epoch's communicator here; false if the epoch is over already.
+    fn watch(&self, epoch: u64, handle: AbortHandle) -> bool {
+        // Whoever aborts sets the number before it looks for a handle: one of the two sees the other.
+        *self.handle.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+        !self.is_over(epoch)
+    }
+}
+
+/// A rank's model, KV and connections.
+pub(super) struct Compute<'a> {
+    pub(super) rank: usize,
+    pub(super) cpu: Cpu,
+    pub(super) model: Llama,
+    pub(super) kv_dtype: KvDType,
+    /// Whether every worker of this rank has a core to itself.
+    pub(super) spin: bool,
+    pub(super) mesh: &'a Mesh,
+    pub(super) aborts: &'a Aborts,
+}
+
+/// Memory and connections of the live epoch.
+struct Epoch {
+    comm: TcpCommunicator,
+    kv: KvCache,
+}
+
+impl Compute<'_> {
+    /// Does jobs until nobody sends any.
+    pub(super) fn run(mut self, jobs: &Receiver<(u64, Job)>, done: impl Fn(u64, Done)) {
+        let mut sampler = RowSampler::new(&self.cpu, self.model.config().vocab_size);
+        let mut batch = ForwardBatch::default();
+        let mut live: Option<Epoch> = None;
+        while let Ok((epoch, job)) = jobs.recv() {
+            let outcome = if self.aborts.is_over(epoch) {
+                Done::Aborted
+            } else {
+                match (job, &mut live) {
+                    (Job::Form { num_blocks, members }, live) => {
+                        // The memory of the last epoch is used again, whatever is in it.
+                        let memory = live.take().map(|epoch| epoch.kv);
+                        let formed = self.form(epoch, num_blocks as usize, &members, memory);
+                        Done::Formed(formed.map(|formed| *live = Some(formed)))
+                    }
+                    (Job::Step(step), Some(live)) => {
+                        let number = step.plan.step;
+                        let result = self.step(&step, live, &mut batch, &mut sampler);
+                        Done::Stepped { step: number, result }
+                    }
+                    (Job::Poison(blocks), Some(live)) => {
+                        live.kv.fill_nan(&blocks);
+                        Done::Poisoned
+                    }
+                    // The agent hands out work of an epoch only after it has formed.
+                    (Job::Step(_) | Job::Poison(_), None) => Done::Aborted,
+                }
+            };
+            let outcome = if self.aborts.is_over(epoch) { Done::Aborted } else { outcome };
+            done(epoch, outcome);
+        }
+    }
+
+    fn form(
+        &self,
+        epoch: u64,
+        num_blocks: usize,
+        members: &[MemberAddress],
+        memory: Option<KvCache>,
+    ) -> Result<Epoch, String> {
+        let peers = self.mesh.connect(epoch, members, &|| self.aborts.is_over(epoch))?;
+        let options = TcpOptions { timeout: COLLECTIVE_TIMEOUT, spin: self.spin };
+        let comm = TcpCommunicator::new(self.rank, peers, options).map_err(|error| error.to_string())?;
+        if !self.aborts.watch(epoch, comm.abort_handle()) {
+            return Err("given up".into());
+        }
+        let config = Llama::kv_cache_config(self.model.config(), num_blocks, self.kv_dtype);
+        let kv = match memory {
+            Some(kv) if *kv.config() == config => kv,
+            _ => KvCache::new(config).map_err(|error| error.to_string())?,
+        };
+        Ok(Epoch { comm, kv })
+    }
+
+    fn step(
+        &mut self,
+        step: &Step,
+        live: &mut Epoch,
+        batch: &mut ForwardBatch,
+        sampler: &mut RowSampler,
+    ) -> Result<Answer, String> {
+        let digest = step.plan.digest();
+        if digest != step.digest {
+            return Err(format!("its plan's digest is {digest:x}, the leader's {:x}", step.digest));
+        }
+        #[cfg(debug_assertions)]
+        faults::before_step(step.plan.step);
+        prepare(&step.plan, batch);
+        let start = Instant::now();
+        let logits = self.model.forward_shard(&self.cpu, batch, &mut live.kv, &mut live.comm);
+        let logits = logits.map_err(|error| error.to_string())?;
+        let forward = start.elapsed();
+        let rows: Vec<_> = step.rows.iter().map(OwnedRow::borrow).collect();
+        let in_range = |row: &OwnedRow| (row.logits_row() as usize) < step.plan.num_logits_rows();
+        if !step.rows.iter().all(in_range) {
+            return Err("a sampling row is outside of the step".into());
+        }
+        let rows = sampler.sample(&self.cpu, logits, &rows);
+        Ok(Answer { step: step.plan.step, forward, rows })
+    }
+}
+
+/// Faults that tests of debug builds ask for by environment variables.
+#[cfg(debug_assertions)]
+mod faults {
+    use std::thread;
+    use std::time::Duration;
+
+    /// `TANDEM_TEST_HANG_AT_STEP` names a step in which the computing thread of every rank that sees it hangs for ever, if the
+    /// file of `TANDEM_TEST_HANG_ONCE` is still there to be removed: a restarted process does not hang again.
+    pub(super) fn before_step(step: u64) {
+        let variable = |name| std::env::var(name).ok();
+        let Some(at) = variable("TANDEM_TEST_HANG_AT_STEP").and_then(|step| step.parse::<u64>().ok()) else {
+            return;
+        };
+        let takes_turn =
+            || variable("TANDEM_TEST_HANG_ONCE").is_some_and(|file| std::fs::remove_file(file).is_ok());
+        if step >= at && takes_turn() {
+            loop {
+                thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+}

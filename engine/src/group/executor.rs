@@ -1,0 +1,352 @@
+//! The engine's executor over a group of ranks: sockets, threads and the clock around [`Leader`].
+//!
+//! One thread accepts, one for each connection reads; all of them hand what they have to the step thread, which alone drives the
+//! state machine and writes. The channel between them is bounded: a reader that finds it full waits, and so does its rank.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use tandem_wire::{GroupKey, Incarnation, Link, LinkReader, LinkWriter, Purpose};
+
+use super::acceptor::{Acceptor, Arrival};
+use super::leader::{Action, Leader, LeaderConfig, LinkId, State};
+use super::message::{Answer, Loaded, ToLeader, ToRank, encode_step};
+use super::status::{GroupReport, GroupState, GroupStatus};
+use crate::error::{ExecutorError, ExecutorErrorKind};
+use crate::executor::{Executor, ExecutorStatus, StepOutput};
+use crate::sample_row::SampleRow;
+use crate::step_plan::StepPlan;
+
+/// Messages that may wait for the step thread.
+const INBOX: usize = 1024;
+/// How long a reader waits before it looks again; only a closed connection ends it.
+const READ_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the step thread waits for news before it looks at the clock.
+const LOOK_UP: Duration = Duration::from_millis(20);
+/// How long a reader looks at its socket before it sleeps: a step's answer comes within that where ranks have cores of their
+/// own.
+const SPIN: Duration = Duration::ZERO;
+/// The least that a step may take, and the first one, which finds cold caches.
+const MIN_STEP_DEADLINE: Duration = Duration::from_secs(10);
+const FIRST_STEP_DEADLINE: Duration = Duration::from_secs(120);
+/// A step may take this many times what its tokens took so far.
+const STEP_DEADLINE_FACTOR: u32 = 10;
+/// Rejected connections are told of for this long.
+const REJECTION_SHOWN: Duration = Duration::from_secs(30);
+const MAX_REJECTIONS: usize = 8;
+
+/// A message's epoch and sender.
+type Origin = (u64, Incarnation);
+
+/// What threads tell the step thread.
+enum Event {
+    Connected { link: LinkId, host: String, writer: LinkWriter },
+    Message { link: LinkId, from: Origin, message: ToLeader },
+    Closed { link: LinkId, reason: String },
+    Rejected { host: String, reason: String },
+}
+
+/// Runs plans on all ranks of a group.
+pub(crate) struct GroupExecutor {
+    leader: Leader,
+    incarnation: Incarnation,
+    inbox: Receiver<Event>,
+    links: HashMap<LinkId, LinkWriter>,
+    rejections: VecDeque<(Instant, String)>,
+    pace: Pace,
+    status: GroupStatus,
+    actions: Vec<Action>,
+    /// Ends with this value.
+    _acceptor: Acceptor,
+}
+
+impl GroupExecutor {
+    /// Listens for ranks. `status` is kept up to date.
+    pub(crate) fn start(
+        config: LeaderConfig,
+        listener: TcpListener,
+        key: Option<GroupKey>,
+        incarnation: Incarnation,
+        status: GroupStatus,
+    ) -> std::io::Result<Self> {
+        let (sender, inbox) = sync_channel(INBOX);
+        let links = AtomicU64::new(0);
+        let take = move |arrival| match arrival {
+            Arrival::Link { link, host } => read(&links, link, host, &sender),
+            // The step thread is gone only when the process ends.
+            Arrival::Rejected { host, reason } => drop(sender.send(Event::Rejected { host, reason })),
+        };
+        let acceptor = Acceptor::start(listener, key, Purpose::Control, take)?;
+        let executor = Self {
+            leader: Leader::new(config, Instant::now()),
+            incarnation,
+            inbox,
+            links: HashMap::new(),
+            rejections: VecDeque::new(),
+            pace: Pace::default(),
+            status,
+            actions: Vec::new(),
+            _acceptor: acceptor,
+        };
+        executor.publish();
+        Ok(executor)
+    }
+
+    /// Waits for news, at most `timeout`, and takes it in; whether the group is ready.
+    pub(crate) fn wait(&mut self, timeout: Duration) -> bool {
+        match self.inbox.recv_timeout(timeout) {
+            Ok(event) => self.take(event),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+        }
+        self.turn();
+        self.leader.state() == State::Ready
+    }
+
+    /// Why the group is not ready, a line for each reason.
+    pub(crate) fn missing(&self) -> Vec<String> {
+        let rejections = self.rejections.iter().map(|(_, rejection)| rejection.clone());
+        self.leader.missing().into_iter().chain(rejections).collect()
+    }
+
+    /// KV blocks of every rank, once the group has been ready.
+    pub(crate) fn num_blocks(&self) -> Option<u64> {
+        self.leader.num_blocks()
+    }
+
+    /// What rank 0 has loaded, while it is a member.
+    pub(crate) fn loaded(&self) -> Option<Loaded> {
+        self.leader.loaded(0)
+    }
+
+    /// Takes in what has come, and does what is due.
+    fn turn(&mut self) {
+        while let Ok(event) = self.inbox.try_recv() {
+            self.take(event);
+        }
+        let now = Instant::now();
+        self.rejections.retain(|(since, _)| now.duration_since(*since) < REJECTION_SHOWN);
+        self.leader.tick(now, &mut self.actions);
+        self.act();
+        self.publish();
+    }
+
+    fn take(&mut self, event: Event) {
+        let now = Instant::now();
+        match event {
+            Event::Connected { link, host, writer } => {
+                self.links.insert(link, writer);
+                self.leader.connected(now, link, host, &mut self.actions);
+            }
+            Event::Message { link, from, message } => {
+                self.leader.message(now, link, from, message, &mut self.actions);
+            }
+            Event::Closed { link, reason } => {
+                self.links.remove(&link);
+                self.leader.closed(now, link, &reason, &mut self.actions);
+            }
+            Event::Rejected { host, reason } => {
+                tracing::warn!(host, reason, "a connection to the group was rejected");
+                let line = format!("a connection from {host} was rejected: {reason}");
+                self.rejections.retain(|(_, old)| *old != line);
+                self.rejections.truncate(MAX_REJECTIONS - 1);
+                self.rejections.push_front((now, line));
+            }
+        }
+        self.act();
+    }
+
+    /// Does what the state machine wants, also what that brings about.
+    fn act(&mut self) {
+        while !self.actions.is_empty() {
+            for action in std::mem::take(&mut self.actions) {
+                match action {
+                    Action::Close { link } => {
+                        if let Some(writer) = self.links.remove(&link) {
+                            writer.close();
+                        }
+                    }
+                    Action::Send { link, epoch, message } => {
+                        let (kind, payload) = message.encode();
+                        self.send(link, epoch, kind, &payload);
+                    }
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, link: LinkId, epoch: u64, kind: u8, payload: &[u8]) {
+        let Some(writer) = self.links.get_mut(&link) else { return };
+        if let Err(error) = writer.send(epoch, self.incarnation, kind, payload) {
+            writer.close();
+            self.links.remove(&link);
+            let reason = format!("takes nothing: {error}");
+            self.leader.closed(Instant::now(), link, &reason, &mut self.actions);
+        }
+    }
+
+    /// To all members; rank 0 gets a payload of its own.
+    fn broadcast(&mut self, kind: u8, first: &[u8], others: &[u8]) {
+        let links: Vec<LinkId> = self.leader.links().collect();
+        let epoch = self.leader.epoch();
+        for (rank, link) in links.into_iter().enumerate() {
+            self.send(link, epoch, kind, if rank == 0 { first } else { others });
+        }
+        self.act();
+    }
+
+    fn answer_to(&mut self, plan: &StepPlan, deadline: Duration) -> Result<Answer, ExecutorError> {
+        let start = Instant::now();
+        let epoch = self.leader.epoch();
+        loop {
+            if self.leader.state() != State::Ready || self.leader.epoch() != epoch {
+                let message = self.leader.last_break().unwrap_or("the group broke").to_owned();
+                return Err(ExecutorError { message, kind: ExecutorErrorKind::GroupLost });
+            }
+            if let Some(answer) = self.leader.take_answer(plan.step) {
+                self.pace.note(plan.num_tokens(), start.elapsed());
+                return Ok(answer);
+            }
+            if start.elapsed() >= deadline {
+                self.leader.step_overdue(Instant::now(), plan.step, start.elapsed(), &mut self.actions);
+                self.act();
+                continue;
+            }
+            match self.inbox.recv_timeout(LOOK_UP) {
+                Ok(event) => self.take(event),
+                Err(_) => self.turn(),
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let counters = self.leader.counters();
+        let reasons = self.missing();
+        let state = match self.leader.state() {
+            State::Ready => GroupState::Ready,
+            _ if reasons.iter().any(|reason| reason.ends_with("last step")) => GroupState::Broken,
+            _ if self.leader.loaded(0).is_none() && self.leader.num_blocks().is_none() => GroupState::Loading,
+            _ => GroupState::Joining,
+        };
+        let report = GroupReport {
+            state,
+            epoch: self.leader.epoch(),
+            ranks_up: (0..self.leader.size()).map(|rank| self.leader.rank_is_up(rank)).collect(),
+            reasons,
+            stale_messages: counters.stale_messages,
+            refusals: counters.refusals,
+            breaks: counters.breaks,
+            leader_http: self.leader.leader_http().to_owned(),
+        };
+        if *self.status.report() != report {
+            self.status.set(report);
+        }
+    }
+}
+
+impl Executor for GroupExecutor {
+    fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
+        let deadline = self.pace.deadline(plan.num_tokens());
+        let (kind, first) = encode_step(plan, rows);
+        let (_, others) = encode_step(plan, &[]);
+        self.leader.begin_step();
+        self.broadcast(kind, &first, &others);
+        let answer = self.answer_to(plan, deadline)?;
+        Ok(StepOutput { rows: answer.rows, forward: answer.forward })
+    }
+
+    fn poll(&mut self, running: usize) -> ExecutorStatus {
+        self.turn();
+        self.leader.release_leaving(Instant::now(), running, &mut self.actions);
+        self.act();
+        self.publish();
+        match self.leader.state() {
+            State::Ready => {
+                ExecutorStatus::Ready { epoch: self.leader.epoch(), admits: !self.leader.wants_rest() }
+            }
+            _ => ExecutorStatus::Waiting { reason: self.missing().join("; ") },
+        }
+    }
+
+    // The state machine has told the ranks already when it found the group broken.
+    fn abort(&mut self) {}
+
+    fn poison_blocks(&mut self, blocks: &[u32]) {
+        let (kind, payload) = ToRank::Poison { blocks: blocks.to_vec() }.encode();
+        self.broadcast(kind, &payload, &payload);
+    }
+}
+
+/// Reads a connection to its end.
+fn read(links: &AtomicU64, link: Link, host: String, events: &SyncSender<Event>) {
+    let id = links.fetch_add(1, Ordering::Relaxed);
+    let (mut reader, writer) = match link.split() {
+        Ok(halves) => halves,
+        Err(error) => return drop(events.send(Event::Rejected { host, reason: error.to_string() })),
+    };
+    reader.set_spin(SPIN);
+    // An error of `send` means that the step thread is gone: nobody is left to be told.
+    if events.send(Event::Connected { link: id, host, writer }).is_err() {
+        return;
+    }
+    let reason = loop {
+        match read_one(&mut reader) {
+            Ok(None) => {}
+            Ok(Some((from, message))) => {
+                if events.send(Event::Message { link: id, from, message }).is_err() {
+                    return;
+                }
+            }
+            Err(reason) => break reason,
+        }
+    };
+    drop(events.send(Event::Closed { link: id, reason }));
+}
+
+fn read_one(reader: &mut LinkReader) -> Result<Option<(Origin, ToLeader)>, String> {
+    let Some(message) = reader.recv(READ_TIMEOUT).map_err(|error| format!("is gone: {error}"))? else {
+        return Ok(None);
+    };
+    let decoded = ToLeader::decode(message.kind, &message.payload);
+    let decoded = decoded.map_err(|error| format!("sent what cannot be understood: {error}"))?;
+    Ok(Some(((message.epoch, message.sender), decoded)))
+}
+
+/// How long steps take, as far as is known.
+#[derive(Default)]
+struct Pace {
+    /// The slowest recent time of a token, forgotten slowly.
+    per_token: Option<Duration>,
+}
+
+impl Pace {
+    fn note(&mut self, num_tokens: usize, took: Duration) {
+        let now = took / num_tokens.max(1) as u32;
+        let before = self.per_token.unwrap_or_default();
+        self.per_token = Some(now.max(before - before / 64));
+    }
+
+    fn deadline(&self, num_tokens: usize) -> Duration {
+        let Some(per_token) = self.per_token else { return FIRST_STEP_DEADLINE };
+        (per_token * num_tokens as u32 * STEP_DEADLINE_FACTOR).max(MIN_STEP_DEADLINE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_has_ten_times_its_time_and_ten_seconds_at_least() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.deadline(1), FIRST_STEP_DEADLINE);
+        pace.note(10, Duration::from_millis(100));
+        assert_eq!(pace.deadline(1), MIN_STEP_DEADLINE);
+        pace.note(1, Duration::from_secs(3));
+        assert_eq!(pace.deadline(2), Duration::from_secs(60));
+        (0..1000).for_each(|_| pace.note(1, Duration::from_millis(1)));
+        assert_eq!(pace.deadline(2), MIN_STEP_DEADLINE);
+    }
+}

@@ -1,0 +1,163 @@
+//! Sampling rows on their way to the rank that draws: the same as [`SampleRow`], owning what that borrows.
+
+use tandem_wire::codec::{DecodeError, Decoder, Encoder};
+
+use crate::penalties::TokenUse;
+use crate::sample_row::{Draw, NoiseKey, RowKind, SampleRow};
+
+/// A [`SampleRow`] with its own lists.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct OwnedRow {
+    logits_row: u32,
+    kind: OwnedKind,
+    logprobs: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum OwnedKind {
+    Sample(Box<OwnedDraw>),
+    Score { target: u32 },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct OwnedDraw {
+    key: NoiseKey,
+    used_tokens: Vec<TokenUse>,
+    repetition_penalty: f32,
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    logit_bias: Vec<(u32, f32)>,
+    allowed_token_ids: Option<Vec<u32>>,
+    banned_token_ids: Vec<u32>,
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
+}
+
+impl OwnedRow {
+    pub(crate) fn borrow(&self) -> SampleRow<'_> {
+        let kind = match &self.kind {
+            OwnedKind::Score { target } => RowKind::Score { target: *target },
+            OwnedKind::Sample(draw) => RowKind::Sample(draw.borrow()),
+        };
+        SampleRow { logits_row: self.logits_row, kind, logprobs: self.logprobs.map(|top| top as usize) }
+    }
+
+    /// Which row of logits it is about.
+    pub(crate) fn logits_row(&self) -> u32 {
+        self.logits_row
+    }
+}
+
+impl OwnedDraw {
+    fn borrow(&self) -> Draw<'_> {
+        Draw {
+            key: self.key,
+            used_tokens: &self.used_tokens,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: &self.logit_bias,
+            allowed_token_ids: self.allowed_token_ids.as_deref(),
+            banned_token_ids: &self.banned_token_ids,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+        }
+    }
+}
+
+pub(super) fn encode_rows(rows: &[SampleRow<'_>], out: &mut Encoder) {
+    out.list(rows, |out, row| {
+        out.u32(row.logits_row).option(row.logprobs, |out, top| out.u32(top as u32));
+        match &row.kind {
+            RowKind::Score { target } => out.bool(false).u32(*target),
+            RowKind::Sample(draw) => encode_draw(out.bool(true), draw),
+        }
+    });
+}
+
+pub(super) fn decode_rows(input: &mut Decoder<'_>) -> Result<Vec<OwnedRow>, DecodeError> {
+    input.list(10, |input| {
+        let logits_row = input.u32()?;
+        let logprobs = input.option(Decoder::u32)?;
+        let kind = match input.bool()? {
+            false => OwnedKind::Score { target: input.u32()? },
+            true => OwnedKind::Sample(Box::new(decode_draw(input)?)),
+        };
+        Ok(OwnedRow { logits_row, kind, logprobs })
+    })
+}
+
+fn encode_draw<'e>(out: &'e mut Encoder, draw: &Draw<'_>) -> &'e mut Encoder {
+    out.u64(draw.key.seed).u32(draw.key.choice).u32(draw.key.position);
+    out.list(draw.used_tokens, |out, used| out.u32(used.token).bool(used.in_prompt).u32(used.output_count));
+    out.f32(draw.repetition_penalty).f32(draw.presence_penalty).f32(draw.frequency_penalty);
+    out.list(draw.logit_bias, |out, &(token, bias)| out.u32(token).f32(bias));
+    out.option(draw.allowed_token_ids, |out, allowed| out.u32s(allowed));
+    out.u32s(draw.banned_token_ids);
+    out.f32(draw.temperature).u32(draw.top_k).f32(draw.top_p).f32(draw.min_p)
+}
+
+fn decode_draw(input: &mut Decoder<'_>) -> Result<OwnedDraw, DecodeError> {
+    Ok(OwnedDraw {
+        key: NoiseKey { seed: input.u64()?, choice: input.u32()?, position: input.u32()? },
+        used_tokens: input.list(9, |input| {
+            Ok(TokenUse { token: input.u32()?, in_prompt: input.bool()?, output_count: input.u32()? })
+        })?,
+        repetition_penalty: input.f32()?,
+        presence_penalty: input.f32()?,
+        frequency_penalty: input.f32()?,
+        logit_bias: input.list(8, |input| Ok((input.u32()?, input.f32()?)))?,
+        allowed_token_ids: input.option(Decoder::u32s)?,
+        banned_token_ids: input.u32s()?,
+        temperature: input.f32()?,
+        top_k: input.u32()?,
+        top_p: input.f32()?,
+        min_p: input.f32()?,
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// One row of each kind.
+    pub(in crate::group) fn some_rows() -> Vec<OwnedRow> {
+        let draw = OwnedDraw {
+            key: NoiseKey { seed: u64::MAX, choice: 2, position: 77 },
+            used_tokens: vec![TokenUse { token: 3, in_prompt: true, output_count: 4 }],
+            repetition_penalty: 1.5,
+            presence_penalty: -0.5,
+            frequency_penalty: 0.25,
+            logit_bias: vec![(1, -100.0), (2, 3.5)],
+            allowed_token_ids: Some(vec![1, 2, 3]),
+            banned_token_ids: vec![9],
+            temperature: 0.7,
+            top_k: 40,
+            top_p: 0.9,
+            min_p: 0.05,
+        };
+        let free = OwnedDraw { allowed_token_ids: None, used_tokens: vec![], ..draw.clone() };
+        let row = |kind, logprobs| OwnedRow { logits_row: 5, kind, logprobs };
+        vec![
+            row(OwnedKind::Sample(Box::new(draw)), Some(20)),
+            row(OwnedKind::Sample(Box::new(free)), None),
+            row(OwnedKind::Score { target: 8 }, Some(0)),
+        ]
+    }
+
+    #[test]
+    fn rows_come_back_as_they_went() {
+        let rows = some_rows();
+        let mut out = Encoder::new();
+        encode_rows(&rows.iter().map(OwnedRow::borrow).collect::<Vec<_>>(), &mut out);
+        let bytes = out.into_bytes();
+        assert_eq!(decode_rows(&mut Decoder::new(&bytes)).unwrap(), rows);
+        for cut in 0..bytes.len() {
+            assert!(decode_rows(&mut Decoder::new(&bytes[..cut])).is_err(), "{cut} of {} bytes", bytes.len());
+        }
+    }
+}

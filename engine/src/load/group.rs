@@ -1,0 +1,223 @@
+//! Loading for a group: the share of one rank, and what the leader knows without weights.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use tandem_kernels::cpu::{Cpu, default_threads};
+use tandem_kernels::{KvDType, NUMERICS_VERSION};
+use tandem_models::{Llama, LlamaOptions, Shard, TensorParallel};
+use tandem_wire::{GroupKey, Incarnation};
+
+use super::{BackendInfo, EngineOptions, EnginePlan, Inspected, LoadError, Loaded, machine, make_cpu, plan};
+use crate::error::ExecutorError;
+use crate::group::executor::GroupExecutor;
+use crate::group::leader::LeaderConfig;
+use crate::group::message::{PROTOCOL_VERSION, Term};
+use crate::group::status::GroupStatus;
+
+/// How long a wait for ranks goes on before the caller may have a look.
+const LOOK_UP: Duration = Duration::from_millis(50);
+
+/// Where a leader takes ranks, and what they must bring.
+#[derive(Debug)]
+pub struct LeadOptions {
+    /// Ranks of the group.
+    pub size: usize,
+    /// Ranks of one pod.
+    pub gpus_per_pod: usize,
+    /// Where ranks call.
+    pub listener: TcpListener,
+    pub key: Option<GroupKey>,
+    /// `host:port` where clients find this process.
+    pub leader_http: String,
+}
+
+/// A leader that waits for its ranks.
+pub struct Gathering {
+    executor: GroupExecutor,
+    inspected: Inspected,
+    options: EngineOptions,
+    plan: EnginePlan,
+    threads: usize,
+    size: usize,
+}
+
+/// One rank's share of a model, loaded.
+pub(crate) struct LoadedShard {
+    pub(crate) cpu: Cpu,
+    pub(crate) model: Llama,
+    pub(crate) kv_dtype: KvDType,
+    /// KV blocks that there is memory for.
+    pub(crate) max_blocks: usize,
+    /// Whether the machine has a core for every worker of every rank on it.
+    pub(crate) has_own_cores: bool,
+}
+
+impl Inspected {
+    /// How the model is split over `size` ranks.
+    ///
+    /// # Errors
+    /// If it cannot be.
+    pub fn tensor_parallel(&self, size: usize) -> Result<TensorParallel, LoadError> {
+        Ok(TensorParallel::plan(&self.info.name, &self.files.config, size)?)
+    }
+
+    /// As [`Inspected::plan`], for one of `size` ranks of which `local_ranks` share this machine's memory.
+    ///
+    /// # Errors
+    /// As [`Inspected::plan`]; also if the model cannot be split.
+    pub fn plan_shard(
+        &self,
+        options: &EngineOptions,
+        size: usize,
+        local_ranks: usize,
+    ) -> Result<EnginePlan, LoadError> {
+        self.tensor_parallel(size)?;
+        let config = Shard { rank: 0, size }.config(&self.files.config);
+        let free_bytes = machine::memory_available_bytes() / local_ranks.max(1) as u64;
+        plan::plan(&config, self.activations(), self.kv_dtype(), options, free_bytes)
+    }
+
+    /// Everything that all ranks of a group and their leader must have alike.
+    pub(crate) fn terms(&self, options: &EngineOptions, size: usize) -> Result<Vec<Term>, LoadError> {
+        let split = self.tensor_parallel(size)?;
+        let fingerprint: String = self.info.fingerprint.iter().map(|byte| format!("{byte:02x}")).collect();
+        let terms = [
+            ("protocol", PROTOCOL_VERSION.to_string()),
+            ("numerics version", NUMERICS_VERSION.to_string()),
+            ("tensor-parallel-size", size.to_string()),
+            ("model", fingerprint),
+            ("isa", make_cpu_isa(self)?.to_owned()),
+            ("activations", self.activations().name().to_owned()),
+            ("kv-cache-dtype", self.kv_dtype().name().to_owned()),
+            ("segments", split.segments.to_string()),
+            ("block-size", options.block_size.to_string()),
+            ("max-num-seqs", options.max_num_seqs.to_string()),
+            ("max-num-batched-tokens", options.max_num_batched_tokens.to_string()),
+        ];
+        Ok(terms.into_iter().map(|(name, value)| Term { name: name.to_owned(), value }).collect())
+    }
+
+    /// Packs the share of one rank and sees how many KV blocks fit beside it. May take seconds.
+    ///
+    /// # Errors
+    /// As [`Inspected::load`].
+    pub(crate) fn load_shard(
+        self,
+        options: &EngineOptions,
+        rank: usize,
+        size: usize,
+        local_ranks: usize,
+    ) -> Result<LoadedShard, LoadError> {
+        let kv_dtype = self.kv_dtype();
+        let llama_options = LlamaOptions {
+            activations: self.activations(),
+            max_tokens: options.max_num_batched_tokens,
+            max_logits_rows: options.max_logits_rows(),
+            shard: Shard { rank, size },
+        };
+        let mut model_options = self.options.clone();
+        let cores = default_threads();
+        let threads = *model_options.threads.get_or_insert((cores / local_ranks.max(1)).max(1));
+        let cpu = make_cpu(&model_options)?;
+        let name = self.info.name.clone();
+        let model = Llama::load(&cpu, &name, self.files.config.clone(), self.files.weights(), llama_options)?;
+        // After the weights are in memory: what is free now can hold KV.
+        let max_blocks = self.plan_shard(options, size, local_ranks)?.num_blocks;
+        let has_own_cores = threads * local_ranks <= cores;
+        Ok(LoadedShard { cpu, model, kv_dtype, max_blocks, has_own_cores })
+    }
+
+    /// Begins to take ranks; needs no weights. `status` is kept up to date from now on.
+    ///
+    /// # Errors
+    /// If the model cannot be split or the options cannot be honoured.
+    pub fn lead(
+        self,
+        options: &EngineOptions,
+        group: LeadOptions,
+        status: GroupStatus,
+    ) -> Result<Gathering, LoadError> {
+        let plan = self.plan_shard(options, group.size, group.gpus_per_pod)?;
+        let config = LeaderConfig {
+            size: group.size,
+            gpus_per_pod: group.gpus_per_pod,
+            terms: self.terms(options, group.size)?,
+            wanted_blocks: plan.num_blocks as u64,
+            leader_http: group.leader_http,
+        };
+        let failed = |error: String| LoadError::Executor(ExecutorError::fatal(error));
+        let incarnation = Incarnation::random();
+        let executor = GroupExecutor::start(config, group.listener, group.key, incarnation, status);
+        let executor = executor.map_err(|error| failed(error.to_string()))?;
+        let threads = self.options.threads.unwrap_or((default_threads() / group.gpus_per_pod).max(1));
+        Ok(Gathering { executor, inspected: self, options: options.clone(), plan, threads, size: group.size })
+    }
+}
+
+impl Gathering {
+    /// Waits until all ranks are there and connected to each other.
+    ///
+    /// # Errors
+    /// After `timeout`, naming who is missing and why; if the ranks have too little memory for the options.
+    pub fn wait(mut self, timeout: Option<Duration>) -> Result<Loaded, LoadError> {
+        let start = Instant::now();
+        while !self.executor.wait(LOOK_UP) {
+            if timeout.is_some_and(|timeout| start.elapsed() >= timeout) {
+                let message = format!(
+                    "the group was not whole within {} s: {}",
+                    start.elapsed().as_secs(),
+                    self.executor.missing().join("; ")
+                );
+                return Err(LoadError::Executor(ExecutorError::fatal(message)));
+            }
+        }
+        let Self { executor, inspected, options, mut plan, threads, size } = self;
+        let num_blocks = executor.num_blocks().expect("the group has formed") as usize;
+        fit_blocks(&mut plan, num_blocks, &options)?;
+        let loaded = executor.loaded();
+        let config = inspected.engine_config(&options, &plan);
+        let model = &inspected.files.config;
+        let backend = BackendInfo {
+            backend: "cpu ranks",
+            ranks: size,
+            isa: make_cpu_isa(&inspected)?,
+            threads,
+            activations: plan.activations,
+            layer_flops_per_token: model.layer_flops_per_token(),
+            head_flops_per_row: model.head_flops_per_row(),
+            weight_bytes: loaded.map_or(0, |loaded| loaded.weight_bytes) * size as u64,
+            kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens.max(1) as u64,
+        };
+        Ok(Loaded { executor: Box::new(executor), config, plan, backend })
+    }
+}
+
+/// The plan with the blocks that all ranks have memory for.
+fn fit_blocks(plan: &mut EnginePlan, num_blocks: usize, options: &EngineOptions) -> Result<(), LoadError> {
+    let block_bytes = plan.kv_bytes / plan.num_blocks as u64;
+    let kv_tokens = num_blocks * plan.block_size;
+    if kv_tokens < plan.max_model_len {
+        if options.max_model_len.is_some() || kv_tokens == 0 {
+            let reason = format!(
+                "{} tokens do not fit the {kv_tokens} that every rank has memory for: lower it",
+                plan.max_model_len
+            );
+            return Err(LoadError::Option { option: "max-model-len", reason });
+        }
+        plan.notes.push(format!(
+            "max-model-len is lowered from {} to {kv_tokens}: a rank has no memory for more",
+            plan.max_model_len
+        ));
+        plan.max_model_len = kv_tokens;
+    }
+    (plan.num_blocks, plan.kv_tokens) = (num_blocks, kv_tokens);
+    plan.kv_bytes = num_blocks as u64 * block_bytes;
+    Ok(())
+}
+
+/// The instruction set that the options lead to on this machine.
+fn make_cpu_isa(inspected: &Inspected) -> Result<&'static str, LoadError> {
+    let options = super::ModelOptions { threads: Some(1), ..inspected.options.clone() };
+    Ok(make_cpu(&options)?.isa().name())
+}
