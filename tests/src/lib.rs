@@ -2,6 +2,7 @@
 
 pub mod engine;
 pub mod golden;
+pub mod pods;
 pub mod server;
 
 use std::path::{Path, PathBuf};

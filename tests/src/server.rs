@@ -84,6 +84,11 @@ impl Server {
 
     /// Starts `tandem serve` without waiting.
     pub fn spawn(args: &[&str]) -> Self {
+        Self::spawn_with(args, &[])
+    }
+
+    /// The same with variables in its environment.
+    pub fn spawn_with(args: &[&str], environment: &[(String, String)]) -> Self {
         let (port, metrics_port) = (free_port(), free_port());
         let mut child = Command::new(binary())
             .arg("serve")
@@ -96,6 +101,7 @@ impl Server {
                 "--metrics-port",
                 &metrics_port.to_string(),
             ])
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

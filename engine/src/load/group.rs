@@ -179,7 +179,7 @@ impl Gathering {
         let config = inspected.engine_config(&options, &plan);
         let model = &inspected.files.config;
         let backend = BackendInfo {
-            backend: "cpu ranks",
+            backend: "cpu",
             ranks: size,
             isa: make_cpu_isa(&inspected)?,
             threads,

@@ -21,7 +21,7 @@ pub(super) fn text(
     format!(
         "tandem {version} ready in {seconds:.1} s\n\
          \x20 model     {name}: {architecture}, {parameters}, {weights} ({size})\n\
-         \x20 backend   {backend} {isa}, {threads} threads, {activations} activations, {kv} KV\n\
+         \x20 backend   {backend} {isa}, {threads}, {activations} activations, {kv} KV\n\
          \x20 KV cache  {tokens} tokens ({kv_size}): {requests} requests of {length} tokens\n\
          \x20 API       {api}/v1{metrics}\n\
          \n\
@@ -35,7 +35,10 @@ pub(super) fn text(
         size = bytes(info.file_bytes),
         backend = backend.backend,
         isa = backend.isa,
-        threads = backend.threads,
+        threads = match backend.ranks {
+            1 => format!("{} threads", backend.threads),
+            ranks => format!("{ranks} ranks with {} threads each", backend.threads),
+        },
         activations = backend.activations.name(),
         kv = plan.kv_dtype.name(),
         tokens = grouped(plan.kv_tokens as u64),

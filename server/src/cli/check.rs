@@ -88,7 +88,7 @@ fn model(config: &ServeConfig, inspected: &Inspected, findings: &mut Findings) {
         ),
     );
     let options = startup::engine_options(&config.common, config.max_num_queued_reqs);
-    let plan = inspected.plan(&options).map_err(|e| startup::refusal(&config.common, e));
+    let plan = startup::plan(&config.common, config.group.as_ref(), inspected, &options);
     let Some(plan) = findings.take(plan) else { return };
     findings.line(
         "KV cache",

@@ -1,4 +1,4 @@
-//! The four commands of `tandem`, and what they share.
+//! The commands of `tandem`, and what they share.
 //!
 //! Exit codes: 0 done, 1 failed on the way, 2 configuration or model refused before any work. A refusal is one line on
 //! standard error that names the flag, variable, key or file and what to do.
@@ -7,8 +7,11 @@ mod banner;
 mod bench;
 mod check;
 mod drain;
+mod follow;
 mod logging;
 mod numbers;
+mod rank;
+mod ranks;
 mod run;
 mod serve;
 mod startup;
@@ -28,10 +31,12 @@ const DONE: u8 = 0;
 const FAILED: u8 = 1;
 /// The configuration or the model was refused.
 const REFUSED: u8 = 2;
+/// A rank's computing thread does not come back: a new process is needed (`EX_SOFTWARE`).
+const HUNG: u8 = 70;
 
 /// Runs the command line; `started` is when the process began.
 pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
-    let parsed = match config::parse(arguments, &config::environment_of_process()) {
+    let parsed = match config::parse(arguments.clone(), &config::environment_of_process()) {
         Ok(parsed) => parsed,
         Err(Stop::Shown(text)) => {
             terminal::print(&match io::stdout().is_terminal() {
@@ -45,6 +50,7 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
     let (log, level) = match &parsed.command {
         Command::Serve(config) => (config.common.log(), "info"),
         Command::Check(config) => (config.common.log(), "warn"),
+        Command::Rank(config) => (config.serve.common.log(), "info"),
         Command::Run(config) => (config.common.log(), "warn"),
         Command::Bench(config) => (config.log(), "warn"),
     };
@@ -53,7 +59,8 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
         tracing::warn!("{note}");
     }
     let result = match parsed.command {
-        Command::Serve(config) => serve::serve(*config, started),
+        Command::Serve(config) => serve::serve(*config, &arguments, started),
+        Command::Rank(config) => rank::rank(*config),
         Command::Run(config) => run::run(*config),
         Command::Bench(config) => bench::bench(*config),
         Command::Check(config) => check::check(*config),

@@ -24,7 +24,7 @@ pub(super) fn run(mut config: RunConfig) -> Result<(), Exit> {
     // One person asks one thing at a time: the KV cache need not hold more.
     config.common.max_num_seqs = config.common.max_num_seqs.min(4);
     let options = startup::engine_options(&config.common, 16);
-    let prepared = startup::prepare(&config.common, options)?;
+    let prepared = startup::prepare(&config.common, None, options)?;
     let Some(tokenizer) = prepared.tokenizer.clone() else {
         return Err(Exit::refused("this model comes without a tokenizer, so there is no text to run on"));
     };

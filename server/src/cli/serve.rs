@@ -3,46 +3,56 @@
 //! Order: catch signals; check model, configuration and tokenizer (a refusal is one line and exit code 2); open the
 //! ports, so that probes answer "loading"; load on another thread; say that it is ready; wait for a signal.
 //!
+//! As a pod of a tensor-parallel group it also starts the pod's ranks. The leader's engine runs on all of them ([`startup`]); the
+//! other pods follow ([`follow`]).
+//!
 //! Threads: this one runs all of HTTP and never blocks; the engine's step thread and its workers compute; long texts
 //! are tokenized on the runtime's blocking threads. The process exits without joining what still loads or computes:
 //! nothing there needs an orderly end.
 
+use std::ffi::OsString;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tandem_engine::{EngineHandle, EngineState};
+use tandem_engine::{EngineHandle, EngineState, GroupStatus};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::drain::{Cause, Draining, Signals};
+use super::ranks::Ranks;
 use super::startup::{self, Prepared, Running};
-use super::{Exit, banner, terminal};
-use crate::config::{ConfigError, ServeConfig};
-use crate::http::{self, AppState, Serving};
+use super::{Exit, banner, follow, terminal};
+use crate::config::{ConfigError, GroupConfig, ServeConfig};
+use crate::http::{self, AppState, GroupView, Serving};
 use crate::lifecycle::{Lifecycle, Phase};
 
 /// How often the step thread is looked after.
 const WATCH_ENGINE: Duration = Duration::from_millis(500);
 
 /// Serves until a signal.
-pub(super) fn serve(config: ServeConfig, started: Instant) -> Result<(), Exit> {
+pub(super) fn serve(config: ServeConfig, arguments: &[OsString], started: Instant) -> Result<(), Exit> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| Exit::failed(format!("no runtime: {e}")))?;
     let result = runtime.block_on(async {
         let mut signals = Signals::install().map_err(|e| Exit::failed(format!("no signal handlers: {e}")))?;
-        run(config, started, &mut signals).await
+        run(config, arguments, started, &mut signals).await
     });
     // A load or a step that still runs must not hold up the exit.
     runtime.shutdown_background();
     result
 }
 
-async fn run(config: ServeConfig, started: Instant, signals: &mut Signals) -> Result<(), Exit> {
-    let common = config.common.clone();
+async fn run(
+    config: ServeConfig,
+    arguments: &[OsString],
+    started: Instant,
+    signals: &mut Signals,
+) -> Result<(), Exit> {
+    let (common, group) = (config.common.clone(), config.group.clone());
     let options = startup::engine_options(&common, config.max_num_queued_reqs);
-    let prepare = spawn("check", move || startup::prepare(&common, options))?;
+    let prepare = spawn("check", move || startup::prepare(&common, group.as_ref(), options))?;
     let Some(prepared) = unless_signalled(prepare, signals).await? else { return Ok(()) };
     let config = Arc::new(named(config, &prepared));
 
@@ -50,15 +60,33 @@ async fn run(config: ServeConfig, started: Instant, signals: &mut Signals) -> Re
     let metrics = config.metrics_port.map(|port| bind(&config, "metrics-port", port)).transpose()?;
     let (api_address, metrics_address) = (address(&api)?, metrics.as_ref().map(address).transpose()?);
     let lifecycle = Lifecycle::new();
-    let state = AppState::new(Arc::clone(&config), lifecycle.clone());
+    let pod = config.group.as_ref().map(|group| Pod::start(&config, group, arguments)).transpose()?;
+    let view = pod.as_ref().map(Pod::view);
+    let state = AppState::new(Arc::clone(&config), lifecycle.clone(), view);
     let (stop, stopped) = watch::channel(false);
     let metrics = metrics.map(listener).transpose()?;
     let http = tokio::spawn(http::serve(Arc::clone(&state), listener(api)?, metrics, stopped));
     tracing::info!(api = %api_address, model = %config.common.model.display(), "listening, loading the model");
 
-    let common = config.common.clone();
-    let load = spawn("load", move || prepared.load(&common))?;
-    let running = match unless_signalled(load, signals).await {
+    let (ranks, lead) = match pod {
+        Some(Pod { ranks, lead: None, .. }) => {
+            return follow::follow(&ranks, &lifecycle, config.shutdown_timeout, signals).await;
+        }
+        Some(Pod { ranks, lead: Some(lead), .. }) => (Some(ranks), Some(lead)),
+        None => (None, None),
+    };
+    let (common, group) = (config.common.clone(), config.group.clone());
+    let load = spawn("load", move || match (group, lead) {
+        (Some(group), Some((listener, status, leader_http))) => {
+            prepared.gather(&common, &group, listener, status, leader_http)
+        }
+        _ => prepared.load(&common),
+    })?;
+    let loaded = tokio::select! {
+        loaded = unless_signalled(load, signals) => loaded,
+        exit = refused(ranks.as_ref()) => Err(exit),
+    };
+    let running = match loaded {
         Ok(Some(running)) => running,
         Ok(None) => return Ok(()),
         Err(exit) => {
@@ -88,6 +116,49 @@ async fn run(config: ServeConfig, started: Instant, signals: &mut Signals) -> Re
         }
     }
     Ok(())
+}
+
+/// This pod's part of a group.
+struct Pod {
+    ranks: Ranks,
+    status: GroupStatus,
+    /// Where ranks call, if this pod leads; and where clients find it.
+    lead: Option<(TcpListener, GroupStatus, String)>,
+}
+
+impl Pod {
+    /// Opens the port where ranks call, if this pod leads, and starts the pod's ranks.
+    fn start(config: &ServeConfig, group: &GroupConfig, arguments: &[OsString]) -> Result<Self, Exit> {
+        let status = GroupStatus::default();
+        let mut lead = None;
+        let mut port = None;
+        if group.is_leader() {
+            let ip = if group.is_local() { Ipv4Addr::LOCALHOST.into() } else { config.host };
+            let listener = listen(config, "master-port", SocketAddr::new(ip, group.master_port))?;
+            port = (group.master_port == 0).then(|| address(&listener).map(|at| at.port())).transpose()?;
+            let leader_http = format!("{}:{}", group.leader_host, config.port);
+            lead = Some((listener, status.clone(), leader_http));
+        }
+        let ranks = Ranks::start(arguments, group.gpus_per_pod, port)?;
+        Ok(Self { ranks, status, lead })
+    }
+
+    fn view(&self) -> GroupView {
+        let (ranks, restarts) = (self.ranks.clone(), self.ranks.clone());
+        GroupView {
+            leads: self.lead.as_ref().map(|_| self.status.clone()),
+            local_ranks: Arc::new(move || ranks.reports().iter().map(super::ranks::status).collect()),
+            restarts: Arc::new(move || restarts.restarts().iter().sum()),
+        }
+    }
+}
+
+/// Returns when a rank of this pod, if there are any, refuses the configuration.
+async fn refused(ranks: Option<&Ranks>) -> Exit {
+    match ranks {
+        Some(ranks) => follow::refusal(ranks).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Runs work that cannot be interrupted on a thread of its own, not on the runtime's: exiting does not wait for it.
@@ -131,7 +202,10 @@ fn named(mut config: ServeConfig, prepared: &Prepared) -> ServeConfig {
 
 /// Opens a port before there is anything to serve on it.
 pub(super) fn bind(config: &ServeConfig, flag: &str, port: u16) -> Result<TcpListener, Exit> {
-    let address = SocketAddr::new(config.host, port);
+    listen(config, flag, SocketAddr::new(config.host, port))
+}
+
+fn listen(config: &ServeConfig, flag: &str, address: SocketAddr) -> Result<TcpListener, Exit> {
     TcpListener::bind(address).map_err(|e| {
         let hint = match (e.kind(), flag) {
             (io::ErrorKind::AddrInUse, "metrics-port") => "; give another, or 0 for none",

@@ -3,16 +3,18 @@
 //! Two phases. [`prepare`] reads headers, configuration, tokenizer and template and refuses what cannot work, before
 //! any port opens; [`Prepared::load`] reads the weights and starts the step thread.
 
+use std::net::TcpListener;
 use std::sync::Arc;
 
 use tandem_engine::{
-    BackendInfo, DType, EngineHandle, EngineOptions, EnginePlan, Environment, FixedSeeds, GenerationConfig,
-    Inspected, LoadError, ModelDType, ModelInfo, ModelOptions,
+    BackendInfo, DType, EngineConfig, EngineHandle, EngineOptions, EnginePlan, Environment, FixedSeeds,
+    GenerationConfig, GroupStatus, Inspected, LeadOptions, LoadError, ModelDType, ModelInfo, ModelOptions,
 };
 
 use super::Exit;
 use crate::config::{
-    Activations, CommonConfig, ConfigError, Dtype, Isa, KvCacheDtype, LoadFormat, Quantization, WeightType,
+    Activations, CommonConfig, ConfigError, Dtype, GroupConfig, Isa, KvCacheDtype, LoadFormat, Quantization,
+    WeightType,
 };
 use crate::text::{ChatTemplate, TextError, Tokenizer};
 
@@ -43,18 +45,36 @@ pub(super) struct Running {
 ///
 /// # Errors
 /// The first refusal, in one line.
-pub(super) fn prepare(config: &CommonConfig, options: EngineOptions) -> Result<Prepared, Exit> {
+pub(super) fn prepare(
+    config: &CommonConfig,
+    group: Option<&GroupConfig>,
+    options: EngineOptions,
+) -> Result<Prepared, Exit> {
     let inspected = inspect(config)?;
     let tokenizer = Tokenizer::from_model(inspected.tokenizer()).map_err(Exit::refused)?.map(Arc::new);
     if let Some(note) = tokenizer.as_ref().and_then(|tokenizer| vocabulary_note(&inspected, tokenizer)) {
         tracing::warn!("{note}");
     }
     let template = template(config, &inspected, tokenizer.as_ref()).map_err(Exit::refused)?.map(Arc::new);
-    let plan = inspected.plan(&options).map_err(|e| refusal(config, e))?;
+    let plan = plan(config, group, &inspected, &options)?;
     for note in &plan.notes {
         tracing::warn!("{note}");
     }
     Ok(Prepared { inspected, options, plan, tokenizer, template })
+}
+
+/// Sizes that follow from model, machine and options, for this process or for each rank of its group.
+pub(super) fn plan(
+    config: &CommonConfig,
+    group: Option<&GroupConfig>,
+    inspected: &Inspected,
+    options: &EngineOptions,
+) -> Result<EnginePlan, Exit> {
+    let plan = match group {
+        Some(group) => inspected.plan_shard(options, group.size(), group.gpus_per_pod),
+        None => inspected.plan(options),
+    };
+    plan.map_err(|e| refusal(config, e))
 }
 
 /// Reads the model's headers and configuration.
@@ -82,6 +102,47 @@ pub(super) fn template(
 }
 
 impl Prepared {
+    /// Waits for the ranks of the group and starts the step thread; may take for ever.
+    ///
+    /// # Errors
+    /// If the model or the options do not fit the group, in one line.
+    pub(super) fn gather(
+        self,
+        config: &CommonConfig,
+        group: &GroupConfig,
+        listener: TcpListener,
+        status: GroupStatus,
+        leader_http: String,
+    ) -> Result<Running, Exit> {
+        let info = self.inspected.info().clone();
+        let generation = self.inspected.generation().clone();
+        let (size, gpus_per_pod) = (group.size(), group.gpus_per_pod);
+        let split = self.inspected.tensor_parallel(size).map_err(|e| refusal(config, e))?;
+        if !split.exact {
+            tracing::warn!(
+                "{size} ranks do not divide the {} segments of this model's sums: answers are right, but not the bits that \
+                 another number of ranks gives",
+                split.segments
+            );
+        }
+        let lead = LeadOptions { size, gpus_per_pod, listener, key: group.key.clone(), leader_http };
+        let gathering = self.inspected.lead(&self.options, lead, status).map_err(|e| refusal(config, e))?;
+        let loaded = gathering.wait(group.join_timeout).map_err(|e| refusal(config, e))?;
+        for note in &loaded.plan.notes {
+            tracing::warn!("{note}");
+        }
+        let engine = EngineConfig { recovery_timeout: group.recovery_timeout, ..loaded.config };
+        Ok(Running {
+            engine: tandem_engine::spawn_with(loaded.executor, engine, environment(config)),
+            info,
+            plan: loaded.plan,
+            backend: loaded.backend,
+            generation,
+            tokenizer: self.tokenizer,
+            template: self.template,
+        })
+    }
+
     /// Reads the weights and starts the step thread; may take seconds.
     ///
     /// # Errors

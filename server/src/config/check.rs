@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use super::error::{ConfigError, Origin};
 use super::flags::{
-    ComputeFlags, LogFlags, MemoryFlags, ModelFlags, ModelOptions, RunFlags, SchedulingFlags, ServeFlags,
+    ComputeFlags, LogFlags, MemoryFlags, ModelFlags, ModelOptions, RankFlags, RunFlags, SchedulingFlags,
+    ServeFlags,
 };
-use super::layers::Origins;
+use super::identity::{self, GroupConfig};
+use super::layers::{Environment, Origins};
 use super::secret::ApiKey;
 use super::values::{
     Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
@@ -86,6 +88,19 @@ pub struct ServeConfig {
     pub max_num_queued_reqs: usize,
     /// How long running requests may take to finish after SIGTERM.
     pub shutdown_timeout: Duration,
+    /// This pod's place in a tensor-parallel group, if there is one.
+    pub group: Option<GroupConfig>,
+}
+
+/// `tandem rank`.
+#[derive(Debug, Clone)]
+pub struct RankConfig {
+    /// That of the pod's `serve`.
+    pub serve: ServeConfig,
+    /// The group of it.
+    pub group: GroupConfig,
+    /// Which of the pod's ranks this is.
+    pub local_rank: usize,
 }
 
 /// `tandem run`.
@@ -120,7 +135,25 @@ impl CommonConfig {
     }
 }
 
-pub(super) fn serve(flags: ServeFlags, origins: &Origins) -> Result<ServeConfig, ConfigError> {
+pub(super) fn rank(
+    flags: RankFlags,
+    origins: &Origins,
+    environment: &Environment,
+) -> Result<RankConfig, ConfigError> {
+    let local_rank = flags.local_rank as usize;
+    let serve = serve(flags.serve, origins, environment)?;
+    match serve.group.clone().filter(|group| local_rank < group.gpus_per_pod) {
+        Some(group) => Ok(RankConfig { serve, group, local_rank }),
+        None => Err(refuse(origins, "local-rank", "is no rank of this pod; serve starts its ranks itself")),
+    }
+}
+
+pub(super) fn serve(
+    flags: ServeFlags,
+    origins: &Origins,
+    environment: &Environment,
+) -> Result<ServeConfig, ConfigError> {
+    let group = identity::group(&flags.group, origins, environment)?;
     let ServeFlags { model, compute, memory, scheduling, log, .. } = flags;
     let (model, options) = split(model);
     if flags.metrics_port != 0 && flags.metrics_port == flags.port {
@@ -143,6 +176,7 @@ pub(super) fn serve(flags: ServeFlags, origins: &Origins) -> Result<ServeConfig,
         api_keys: flags.api_key.into_iter().map(ApiKey::new).collect(),
         max_num_queued_reqs: flags.max_num_queued_reqs as usize,
         shutdown_timeout: Duration::from_secs(flags.shutdown_timeout),
+        group,
     })
 }
 

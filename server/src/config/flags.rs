@@ -22,6 +22,7 @@ const MEMORY: &str = "Context and KV cache";
 const SCHEDULING: &str = "Scheduling";
 const SERVER: &str = "Server";
 const SAMPLING: &str = "Sampling";
+const GROUP: &str = "Tensor parallelism";
 const BENCH: &str = "Benchmark";
 const REMOTE: &str = "Benchmark of a server";
 const CONFIGURATION: &str = "Configuration and logs";
@@ -58,6 +59,9 @@ pub(super) enum CommandFlags {
     Bench(Box<BenchFlags>),
     /// Say whether machine, model and configuration fit, and what would be used.
     Check(Box<ServeFlags>),
+    /// One rank of a group; `serve` starts it.
+    #[command(hide = true)]
+    Rank(Box<RankFlags>),
 }
 
 /// The command with the variables' names in its help.
@@ -201,6 +205,8 @@ pub(super) struct ServeFlags {
     /// Requests that may wait; beyond, and beyond this and --max-num-seqs together in flight, they are refused
     #[arg(long, value_name = "N", default_value = "1024", value_parser = count(), help_heading = SCHEDULING)]
     pub(super) max_num_queued_reqs: u64,
+    #[command(flatten)]
+    pub(super) group: GroupFlags,
     /// Address to listen on
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0", help_heading = SERVER)]
     pub(super) host: IpAddr,
@@ -221,6 +227,62 @@ pub(super) struct ServeFlags {
     pub(super) shutdown_timeout: u64,
     #[command(flatten)]
     pub(super) log: LogFlags,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RankFlags {
+    #[command(flatten)]
+    pub(super) serve: ServeFlags,
+    /// Which of this pod's ranks
+    #[arg(long, value_name = "N", value_parser = whole(0, 1023))]
+    pub(super) local_rank: u64,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GroupFlags {
+    /// Ranks that compute one model together [default: --replicas × --gpus-per-pod]
+    #[arg(long, visible_alias = "tp", value_name = "N", value_parser = whole(1, 1024), help_heading = GROUP)]
+    pub(super) tensor_parallel_size: Option<u64>,
+    /// Pods of the StatefulSet [default: 1]
+    #[arg(long, value_name = "N", value_parser = whole(1, 1024), help_heading = GROUP)]
+    pub(super) replicas: Option<u64>,
+    /// Ranks of each pod, on CPUs too [default: what --tensor-parallel-size leaves, else 1]
+    #[arg(long, value_name = "N", value_parser = whole(1, 1024), help_heading = GROUP)]
+    pub(super) gpus_per_pod: Option<u64>,
+    /// Secret that all pods share; needed where the group leaves this machine
+    #[arg(long, value_name = "FILE", help_heading = GROUP)]
+    pub(super) group_key_file: Option<PathBuf>,
+    /// Headless Service through which the pods of the StatefulSet find each other
+    #[arg(long, value_name = "NAME", help_heading = GROUP)]
+    pub(super) service_name: Option<String>,
+    /// Namespace of the pods [default: POD_NAMESPACE, else the service account's]
+    #[arg(long, value_name = "NAME", help_heading = GROUP)]
+    pub(super) namespace: Option<String>,
+    /// Domain of the cluster's names
+    #[arg(long, value_name = "DOMAIN", default_value = "cluster.local", help_heading = GROUP)]
+    pub(super) cluster_domain: String,
+    /// Instead of a StatefulSet: how many nodes there are
+    #[arg(long, value_name = "N", value_parser = whole(1, 1024), help_heading = GROUP)]
+    pub(super) nnodes: Option<u64>,
+    /// Which of --nnodes this is
+    #[arg(long, value_name = "N", value_parser = whole(0, 1023), help_heading = GROUP)]
+    pub(super) node_rank: Option<u64>,
+    /// Where node 0 is
+    #[arg(long, value_name = "HOST", help_heading = GROUP)]
+    pub(super) master_addr: Option<String>,
+    /// Where ranks call the leader [default: 7400; any free one if all ranks are local]
+    #[arg(long, value_name = "PORT", value_parser = port(), help_heading = GROUP)]
+    pub(super) master_port: Option<u16>,
+    /// Where the first local rank takes calls of the others, the next one port further [default: 7401; any free ones with
+    /// --nnodes]
+    #[arg(long, value_name = "PORT", value_parser = port(), help_heading = GROUP)]
+    pub(super) rank_port: Option<u16>,
+    /// Seconds to wait for the first full group [default: for ever]
+    #[arg(long, value_name = "SECONDS", value_parser = whole(1, 86_400), help_heading = GROUP)]
+    pub(super) join_timeout: Option<u64>,
+    /// Seconds that running requests wait for a lost rank
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = whole(1, 86_400), help_heading = GROUP)]
+    pub(super) recovery_timeout: u64,
 }
 
 #[derive(Debug, Args)]
@@ -335,4 +397,9 @@ fn whole(low: u64, high: u64) -> impl TypedValueParser<Value = u64> {
             .ok_or_else(|| format!("{number} is not in {low}..={high}")),
         Err(error) => Err(error.to_string()),
     })
+}
+
+/// A port that somebody can be told of.
+fn port() -> impl TypedValueParser<Value = u16> {
+    clap::value_parser!(u16).range(1..)
 }

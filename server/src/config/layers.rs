@@ -15,10 +15,16 @@ use super::Stop;
 use super::error::{ConfigError, Origin, flag_of, one_line};
 use super::file::{self, Entry};
 
-/// The variables that matter: `TANDEM_*`.
+/// The variables that matter: `TANDEM_*`, and those by which Kubernetes says which pod this is.
 pub type Environment = BTreeMap<String, String>;
 
 const PREFIX: &str = "TANDEM_";
+/// Variables that say which pod this is.
+const IDENTITY: [&str; 4] = ["POD_NAME", "POD_NAMESPACE", "POD_INDEX", "HOSTNAME"];
+const LEADER_WORKER_SET: &str = "LWS_";
+/// Where they are read from if no variable has them.
+const HOST_NAME_FILE: &str = "/proc/sys/kernel/hostname";
+const NAMESPACE_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
 /// Variables of the process that are no flags.
 const OTHER_VARIABLES: [&str; 1] = ["TANDEM_CACHE_DIR"];
 /// Flags that are each other's negation: given one, lower layers say nothing about the other.
@@ -62,11 +68,24 @@ pub(super) struct Resolved {
     pub(super) notes: Vec<String>,
 }
 
-/// The `TANDEM_*` variables of this process. Values that are not UTF-8 are left out.
+/// The variables of this process that matter; values that are not UTF-8 are left out. Host name and namespace come from where the
+/// system keeps them if no variable has them.
 pub fn environment_of_process() -> Environment {
     let variables =
         std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-    variables.filter(|(name, value)| name.starts_with(PREFIX) && !value.is_empty()).collect()
+    let matters = |name: &str| {
+        name.starts_with(PREFIX) || name.starts_with(LEADER_WORKER_SET) || IDENTITY.contains(&name)
+    };
+    let mut environment: Environment =
+        variables.filter(|(name, value)| matters(name) && !value.is_empty()).collect();
+    for (name, path) in [("HOSTNAME", HOST_NAME_FILE), ("POD_NAMESPACE", NAMESPACE_FILE)] {
+        if let Ok(text) = std::fs::read_to_string(path)
+            && !text.trim().is_empty()
+        {
+            environment.entry(name.into()).or_insert_with(|| text.trim().to_owned());
+        }
+    }
+    environment
 }
 
 /// Merges the layers.
@@ -182,7 +201,7 @@ fn config_path(given: &ArgMatches, environment: &Environment) -> Option<PathBuf>
 /// Variables that are nobody's flag are noted: a misspelt one would otherwise be a setting that silently is not set.
 fn note_unknown(command: &Command, environment: &Environment, notes: &mut Vec<String>) {
     let known: Vec<String> = known_flags(command).iter().map(|flag| variable(flag)).collect();
-    for name in environment.keys() {
+    for name in environment.keys().filter(|name| name.starts_with(PREFIX)) {
         let service_link = name.contains("_SERVICE_") || name.contains("_PORT_");
         if !known.contains(name) && !OTHER_VARIABLES.contains(&name.as_str()) && !service_link {
             notes.push(format!("unknown variable {name}{}", file::nearest(name, &known)));

@@ -9,6 +9,7 @@ mod check;
 mod error;
 mod file;
 mod flags;
+mod identity;
 mod layers;
 mod secret;
 mod values;
@@ -16,8 +17,9 @@ mod values;
 pub use bench::{
     BaseUrl, BenchConfig, BenchLoad, BenchTarget, Endpoint, OutputFormat, PerplexityConfig, ServerTarget,
 };
-pub use check::{CommonConfig, RunConfig, ServeConfig};
+pub use check::{CommonConfig, RankConfig, RunConfig, ServeConfig};
 pub use error::{ConfigError, Origin};
+pub use identity::GroupConfig;
 pub use layers::{Environment, Origins, environment_of_process};
 pub use secret::ApiKey;
 pub use values::{
@@ -38,6 +40,8 @@ pub enum Command {
     Bench(Box<BenchConfig>),
     /// `tandem check`: its own configuration, if that alone can be made sense of, and everything wrong with it.
     Check(Box<ServeConfig>),
+    /// `tandem rank`: one rank of a group, started by its pod's `serve`.
+    Rank(Box<RankConfig>),
 }
 
 /// Why there is no command to run.
@@ -69,10 +73,13 @@ pub fn parse(arguments: Vec<OsString>, environment: &Environment) -> Result<Pars
     let origins = &resolved.origins;
     let command = match cli.command {
         flags::CommandFlags::Serve(flags) => {
-            check::serve(*flags, origins).map(|c| Command::Serve(Box::new(c)))
+            check::serve(*flags, origins, environment).map(|c| Command::Serve(Box::new(c)))
         }
         flags::CommandFlags::Check(flags) => {
-            check::serve(*flags, origins).map(|c| Command::Check(Box::new(c)))
+            check::serve(*flags, origins, environment).map(|c| Command::Check(Box::new(c)))
+        }
+        flags::CommandFlags::Rank(flags) => {
+            check::rank(*flags, origins, environment).map(|c| Command::Rank(Box::new(c)))
         }
         flags::CommandFlags::Run(flags) => check::run(*flags, origins).map(|c| Command::Run(Box::new(c))),
         flags::CommandFlags::Bench(flags) => {

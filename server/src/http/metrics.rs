@@ -33,6 +33,9 @@ fn render(state: &AppState, with_vllm: bool) -> String {
     let model = ("model_name", state.model_name());
     let mut page = Exposition::new(&[model]);
     write_process(state, &mut page);
+    if let Some(group) = &state.group {
+        group.write_metrics(&mut page);
+    }
     if let Some(serving) = state.serving() {
         let snapshot = serving.engine.snapshot();
         write_requests(&snapshot, &mut page);

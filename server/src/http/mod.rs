@@ -27,7 +27,9 @@ mod encode;
 mod errors;
 mod exposition;
 mod fields;
+mod forward;
 mod generation;
+mod group;
 mod helpers;
 pub mod limits;
 mod logprobs;
@@ -45,5 +47,6 @@ mod state;
 mod tests;
 mod tokenize;
 
+pub use group::GroupView;
 pub use serve::serve;
 pub use state::{AppState, Serving};

@@ -1,9 +1,10 @@
 //! Probes for Kubernetes and load balancers. All of them only look at atomics, so they answer at once whatever the
 //! engine and the tokenizer are doing.
 //!
-//! * `/startupz`: the local load is over.
-//! * `/readyz`, `/health`, `/ping`: this process serves; not while it loads, drains or has failed. Overload is not a
-//!   reason: it passes, and taking the pod out would only move it.
+//! * `/startupz`: the local load is over. What other pods do is no part of it: one pod that cannot be scheduled must not get all
+//!   others restarted.
+//! * `/readyz`, `/health`, `/ping`: this process serves; not while it loads, drains or has failed, and in a tensor-parallel group
+//!   not while the group is not whole. Overload is not a reason: it passes, and taking the pod out would only move it.
 //! * `/livez`: the step loop comes around. A restart is the cure only for what a restart can cure.
 
 use std::sync::Arc;
@@ -12,9 +13,10 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use tandem_engine::EngineState;
+use tandem_engine::{EngineState, GroupState};
 
 use super::errors::json;
+use super::group::GroupView;
 use super::limits;
 use super::state::AppState;
 use crate::lifecycle::Phase;
@@ -27,10 +29,11 @@ struct Report {
 }
 
 pub(super) async fn startup(State(state): State<Arc<AppState>>) -> Response {
+    let has_loaded = state.group.as_ref().is_some_and(GroupView::is_loaded);
     match state.lifecycle.phase() {
-        Phase::Loading => answer("loading", vec!["the model is loading".into()]),
+        Phase::Loading if !has_loaded => answer("loading", vec!["the model is loading".into()]),
         Phase::Failed => answer("failed", failure(&state)),
-        Phase::Ready | Phase::Draining => answer("started", Vec::new()),
+        Phase::Loading | Phase::Ready | Phase::Draining => answer("started", Vec::new()),
     }
 }
 
@@ -40,10 +43,35 @@ pub(super) async fn ready(State(state): State<Arc<AppState>>) -> Response {
         (Phase::Failed, _) => answer("failed", failure(&state)),
         (_, Some(EngineState::Failed)) => answer("failed", vec!["the step loop has panicked".into()]),
         (Phase::Draining, _) => answer("draining", vec!["the server is shutting down".into()]),
-        (Phase::Ready, Some(EngineState::Running)) => answer("ready", Vec::new()),
         (Phase::Ready, Some(EngineState::Stopped)) => answer("failed", vec!["the engine has stopped".into()]),
-        (Phase::Loading | Phase::Ready, _) => answer("loading", vec!["the model is loading".into()]),
+        (phase, engine) => match &state.group {
+            Some(group) => group_ready(&state, group),
+            None if phase == Phase::Ready && engine.is_some() => answer("ready", Vec::new()),
+            None => answer("loading", vec!["the model is loading".into()]),
+        },
     }
+}
+
+/// All pods of a group are ready together or not at all.
+fn group_ready(state: &AppState, group: &GroupView) -> Response {
+    let report = group.report();
+    let serves = match state.serving() {
+        Some(serving) => serving.engine.is_accepting(),
+        None => group.leads.is_none(),
+    };
+    if report.state == GroupState::Ready && serves {
+        return answer("ready", Vec::new());
+    }
+    let reasons = match report.reasons.is_empty() {
+        true => vec!["the group takes no new requests right now".into()],
+        false => report.reasons,
+    };
+    let status = match report.state {
+        // The ranks are there, the engine is not yet, or a rank is about to leave.
+        GroupState::Ready => "joining",
+        other => other.name(),
+    };
+    answer(status, reasons)
 }
 
 pub(super) async fn live(State(state): State<Arc<AppState>>) -> Response {

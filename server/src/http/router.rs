@@ -17,7 +17,7 @@ use super::connection::Busy;
 use super::context::{REQUEST_ID, RequestContext, request_id};
 use super::errors::{ApiError, json};
 use super::state::AppState;
-use super::{body, chat, completions, limits, metrics, models, panics, probes, tokenize};
+use super::{body, chat, completions, forward, limits, metrics, models, panics, probes, tokenize};
 
 /// Routes that say how the process is, not what its model answers: open to all, logged at debug level.
 const QUIET_ROUTES: &[&str] = &["/health", "/livez", "/readyz", "/startupz", "/ping", "/metrics"];
@@ -33,6 +33,7 @@ pub(super) fn api(state: Arc<AppState>) -> Router {
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .method_not_allowed_fallback(method_not_allowed)
+        .route_layer(from_fn_with_state(state.clone(), forward::unless_leader))
         .route_layer(from_fn_with_state(state.clone(), authenticate));
     let routes =
         probes().route("/metrics", get(metrics::with_vllm)).route("/version", get(version)).merge(protected);

@@ -5,6 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_engine::{EngineHandle, GenerationConfig, ModelInfo};
 
+use super::group::GroupView;
+
 use super::errors::ApiError;
 use super::helpers::Helpers;
 use super::limits;
@@ -18,6 +20,8 @@ use crate::text::{ChatTemplate, Tokenizer};
 pub struct AppState {
     pub config: Arc<ServeConfig>,
     pub lifecycle: Lifecycle,
+    /// The tensor-parallel group that this pod is part of.
+    pub(super) group: Option<GroupView>,
     serving: OnceLock<Arc<Serving>>,
     pub(super) created_s: u64,
     pub(super) process: ProcessMeter,
@@ -61,14 +65,15 @@ impl Default for Timeouts {
 }
 
 impl AppState {
-    pub fn new(config: Arc<ServeConfig>, lifecycle: Lifecycle) -> Arc<Self> {
+    pub fn new(config: Arc<ServeConfig>, lifecycle: Lifecycle, group: Option<GroupView>) -> Arc<Self> {
         let max_connections = limits::max_connections(max_open_files());
-        Self::with_limits(config, lifecycle, Timeouts::default(), max_connections)
+        Self::with_limits(config, lifecycle, group, Timeouts::default(), max_connections)
     }
 
     pub(super) fn with_limits(
         config: Arc<ServeConfig>,
         lifecycle: Lifecycle,
+        group: Option<GroupView>,
         timeouts: Timeouts,
         max_connections: usize,
     ) -> Arc<Self> {
@@ -77,6 +82,7 @@ impl AppState {
         Arc::new(Self {
             config,
             lifecycle,
+            group,
             serving: OnceLock::new(),
             created_s,
             process: ProcessMeter::new(),
@@ -102,6 +108,9 @@ impl AppState {
     /// The loaded model for a request that needs it. A draining server still takes requests: the engine refuses them
     /// when the time to accept is over.
     pub(super) fn require_serving(&self) -> Result<&Arc<Serving>, ApiError> {
+        if self.group.is_some() && self.serving().is_none() && self.lifecycle.phase() == Phase::Loading {
+            return Err(ApiError::NotReady("waiting for its group of ranks"));
+        }
         match (self.lifecycle.phase(), self.serving()) {
             (Phase::Failed, _) => Err(ApiError::NotReady("failed")),
             (Phase::Ready | Phase::Draining, Some(serving)) => Ok(serving),

@@ -38,7 +38,7 @@ pub(super) fn measure_engine(mut common: CommonConfig, load: &BenchLoad) -> Resu
     common.max_model_len.get_or_insert(length);
     common.max_num_seqs = common.max_num_seqs.max(most);
     common.max_num_batched_tokens = common.max_num_batched_tokens.max(common.max_num_seqs);
-    let prepared = startup::prepare(&common, startup::engine_options(&common, most.max(16)))?;
+    let prepared = startup::prepare(&common, None, startup::engine_options(&common, most.max(16)))?;
     let (fits, needed) = (prepared.plan.kv_tokens, most * length.next_multiple_of(common.block_size));
     if prepared.plan.max_model_len < length {
         return Err(Exit::refused(format!(

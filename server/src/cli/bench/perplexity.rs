@@ -38,7 +38,7 @@ pub(super) fn perplexity(mut common: CommonConfig, wanted: &PerplexityConfig) ->
         ));
     }
     let options = startup::engine_options(sized(&mut common, context), WINDOWS_AT_ONCE);
-    let prepared = startup::prepare(&common, options)?;
+    let prepared = startup::prepare(&common, None, options)?;
     let refuse = |message: String| Exit::refused(ConfigError::new(common.origins.of("perplexity"), message));
     let Some(tokenizer) = &prepared.tokenizer else {
         return Err(refuse("the model has no tokenizer".to_owned()));

@@ -59,7 +59,7 @@ impl Default for Setup {
 impl Server {
     async fn start(setup: Setup) -> Self {
         let (config, lifecycle) = (toy::serve_config(setup.keys), Lifecycle::new());
-        let state = AppState::with_limits(config, lifecycle, setup.timeouts, setup.max_connections);
+        let state = AppState::with_limits(config, lifecycle, None, setup.timeouts, setup.max_connections);
         let (serving, knobs) = toy::serving(setup.engine, setup.with_text);
         if setup.loaded {
             state.install(serving);
