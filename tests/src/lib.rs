@@ -24,15 +24,20 @@ pub fn default_model() -> PathBuf {
     path
 }
 
-/// The instruction sets that this machine has.
+/// The instruction sets that this machine has; says which it has not, for a test says nothing of those.
 ///
 /// # Panics
-/// In CI, if one is missing: a test that says nothing of an instruction set must not pass there.
+/// If one is missing where `TANDEM_TEST_ALL_ISAS` is set: on a machine that was chosen for having all of them.
 pub fn instruction_sets() -> Vec<Isa> {
     let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
-    let available: Vec<Isa> = all.into_iter().filter(|isa| isa.is_available()).collect();
-    let in_ci = std::env::var("CI").is_ok_and(|value| value == "true");
-    assert!(!in_ci || available == all, "this machine has {available:?} only");
+    let (available, missing): (Vec<Isa>, Vec<Isa>) = all.into_iter().partition(|isa| isa.is_available());
+    assert!(
+        missing.is_empty() || std::env::var_os("TANDEM_TEST_ALL_ISAS").is_none(),
+        "this machine has no {missing:?}"
+    );
+    if !missing.is_empty() {
+        println!("not tested, for this machine has them not: {missing:?}");
+    }
     available
 }
 

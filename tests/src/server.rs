@@ -134,6 +134,11 @@ impl Server {
         exchange(self.port, &get_request(path))
     }
 
+    /// The body of an answer, empty as long as nothing listens.
+    pub fn peek(&self, path: &str) -> String {
+        try_exchange(self.port, &get_request(path)).map(|response| response.body).unwrap_or_default()
+    }
+
     pub fn post(&self, path: &str, body: &Value) -> Response {
         exchange(self.port, &post_request(path, &body.to_string()))
     }

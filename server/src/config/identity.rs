@@ -4,7 +4,7 @@
 //! (`--node-rank`), else from LeaderWorkerSet's variables, else from the pod's name. What is missing, malformed, out of range or
 //! contradictory is refused with what was read where: nothing is guessed, least of all rank 0.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use tandem_engine::GroupKey;
@@ -150,7 +150,7 @@ pub(super) fn group(
 }
 
 /// The error without the path, which the flag's user knows, unless it is about another one.
-fn one_line(error: &impl std::fmt::Display, path: &PathBuf) -> String {
+fn one_line(error: &impl std::fmt::Display, path: &Path) -> String {
     let text = error.to_string();
     let shown = path.display().to_string();
     if text.contains(&shown) { text } else { format!("{shown}: {text}") }

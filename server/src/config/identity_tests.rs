@@ -95,7 +95,8 @@ fn a_pod_of_a_stateful_set_knows_itself_and_its_leader() {
 #[test]
 fn every_contradiction_is_told_with_both_sides() {
     let key = key_file();
-    let cases: [(&[(&str, &str)], &[&str]); 15] = [
+    type Case = (&'static [(&'static str, &'static str)], &'static [&'static str]);
+    let cases: [Case; 15] = [
         (&[("POD_INDEX", "1")], &["POD_INDEX", "1 contradicts POD_NAME \"llama-3-70b-2\"", "ordinal 2"]),
         (&[("POD_INDEX", "two")], &["POD_INDEX", "\"two\" is no whole number"]),
         (&[("POD_NAME", "llama")], &["POD_NAME", "does not end in -<ordinal>"]),
