@@ -21,6 +21,8 @@ mod mesh;
 pub(crate) mod message;
 mod rank;
 mod rows;
+#[cfg(test)]
+mod simulation;
 pub(crate) mod status;
 
 pub use agent::RankReport;

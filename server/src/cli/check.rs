@@ -2,7 +2,10 @@
 //!
 //! Goes on after a problem as far as it can, so that one run names them all.
 
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tandem_engine::Inspected;
 
@@ -11,6 +14,9 @@ use super::startup;
 use super::{Exit, REFUSED, serve, terminal};
 use crate::config::ServeConfig;
 use crate::text::{ChatInput, SpecialTokens, Tokenizer};
+
+/// How long a peer's port may take to answer.
+const REACH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is printed, and what is wrong.
 #[derive(Default)]
@@ -23,6 +29,7 @@ struct Findings {
 pub(super) fn check(config: ServeConfig) -> Result<(), Exit> {
     let mut findings = Findings::default();
     machine(&config, &mut findings);
+    group(&config, &mut findings);
     match startup::inspect(&config.common) {
         Ok(inspected) => {
             model(&config, &inspected, &mut findings);
@@ -103,7 +110,65 @@ fn model(config: &ServeConfig, inspected: &Inspected, findings: &mut Findings) {
         ),
     );
     findings.line("compute", format!("{} activations", plan.activations.name()));
+    if let Some(group) = &config.group {
+        let split = inspected.tensor_parallel(group.size());
+        let split = split.map_err(|e| startup::refusal(&config.common, e));
+        if let Some(split) = findings.take(split) {
+            let bits = if split.exact {
+                "the bits of one rank"
+            } else {
+                "right answers, but not the bits of one rank"
+            };
+            findings.line("split", format!("{} ranks, {} segments: {bits}", split.size, split.segments));
+        }
+    }
     plan.notes.iter().for_each(|note| findings.line("note", note));
+}
+
+/// This pod's place in its group, and who can be found and reached from here. Peers that are not there yet are no problem of
+/// this pod.
+fn group(config: &ServeConfig, findings: &mut Findings) {
+    let Some(group) = &config.group else { return };
+    group.sources.iter().for_each(|source| findings.line("group", source));
+    let ranks: Vec<String> = (0..group.gpus_per_pod).map(|local| group.rank(local).to_string()).collect();
+    findings.line("ranks", format!("{} of {} here", ranks.join(", "), group.size()));
+    let key =
+        if group.key.is_some() { "a shared secret" } else { "none: the group cannot leave this machine" };
+    findings.line("key", key);
+    if !group.is_leader() {
+        findings.line("leader", reach(&group.leader_host, &[group.master_port]));
+    }
+    let ports: Vec<u16> =
+        (0..group.gpus_per_pod as u16).map(|local| group.rank_port.saturating_add(local)).collect();
+    for (ordinal, peer) in group.peers.iter().enumerate().filter(|(ordinal, _)| *ordinal != group.ordinal) {
+        findings.line(&format!("pod {ordinal}"), reach(peer, &ports));
+    }
+}
+
+/// What is found at a host: its addresses, and whether somebody listens.
+fn reach(host: &str, ports: &[u16]) -> String {
+    let mut found = host.to_owned();
+    for (index, &port) in ports.iter().enumerate() {
+        let addresses: Vec<SocketAddr> = match (host, port).to_socket_addrs() {
+            Ok(addresses) => addresses.collect(),
+            Err(error) => return format!("{host}: its name does not resolve ({error})"),
+        };
+        if index == 0 {
+            let ips: Vec<String> = addresses.iter().map(|address| address.ip().to_string()).collect();
+            found += &format!(" is {}", ips.join(", "));
+        }
+        let answers = |address: &SocketAddr| TcpStream::connect_timeout(address, REACH_TIMEOUT);
+        let state = match addresses.iter().map(answers).reduce(|first, next| first.or(next)) {
+            Some(Ok(_)) => "answers".to_owned(),
+            Some(Err(error)) if error.kind() == ErrorKind::ConnectionRefused => {
+                "has no listener yet".to_owned()
+            }
+            Some(Err(error)) => format!("cannot be reached: {error}"),
+            None => "has no address".to_owned(),
+        };
+        found += &format!("; port {port} {state}");
+    }
+    found
 }
 
 /// Tokenizer and template, each tried once.
