@@ -5,7 +5,7 @@ PORT ?= 8000
 # What a machine without a lock on versions may not change: builds use Cargo.lock as it is.
 CARGO_FLAGS ?= --locked
 
-.PHONY: serve model build test fmt lint
+.PHONY: serve model build test soak fmt lint
 
 serve: model build
 	exec ./target/release/tandem serve "$$($(PYTHON) scripts/fetch-model.py)" --served-model-name smollm2-135m-instruct --port $(PORT)
@@ -18,6 +18,12 @@ build:
 
 test: fmt lint model
 	cargo test --workspace $(CARGO_FLAGS)
+
+# The faults of a group ten times each, and its protocol from many more seeds.
+soak: model
+	cargo build $(CARGO_FLAGS) --package tandem-server
+	TANDEM_SIM_SEEDS=20000 cargo test $(CARGO_FLAGS) --package tandem-engine --lib simulation
+	TANDEM_SOAK=10 cargo test $(CARGO_FLAGS) --package tandem-tests --test group_faults -- --nocapture
 
 fmt:
 	cargo fmt --all --check

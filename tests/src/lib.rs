@@ -3,6 +3,7 @@
 pub mod engine;
 pub mod golden;
 pub mod pods;
+pub mod proxy;
 pub mod python;
 pub mod server;
 

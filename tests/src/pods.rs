@@ -87,6 +87,11 @@ impl Pods {
         Server::spawn_with(&all, &self.environment)
     }
 
+    /// Where ranks call the leader.
+    pub fn master_port(&self) -> u16 {
+        self.master_port
+    }
+
     pub fn pod(&self, ordinal: usize) -> &Server {
         self.pods[ordinal].as_ref().expect("the pod runs")
     }
@@ -260,6 +265,19 @@ pub fn stream_all(port: u16, bodies: &[Value], after: usize, meanwhile: impl FnO
         meanwhile();
         streams.into_iter().map(|stream| stream.join().expect("a stream does not panic")).collect()
     })
+}
+
+/// Asks again until there is a whole answer, as a client does that retries what may be retried.
+pub fn insist(port: u16, body: &Value) -> Streamed {
+    let start = Instant::now();
+    loop {
+        let answer = stream(port, body, |_| ());
+        if answer.done && answer.error.is_none() {
+            return answer;
+        }
+        assert!(start.elapsed() < 2 * DEADLINE, "no answer: {answer:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// Every stream ended as it should, with the very answer that was expected.

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tandem_tests::default_model;
 use tandem_tests::pods::{
-    Pods, Streamed, assert_same, children, kill, requests, stream, stream_all, wait_for,
+    Pods, Streamed, assert_same, children, insist, kill, requests, stream, stream_all, wait_for,
 };
+use tandem_tests::proxy::{Proxy, Weather};
 use tandem_tests::server::Server;
 
 const TOKENS: usize = 40;
@@ -172,6 +173,76 @@ fn a_rank_that_hangs_in_a_step_is_replaced_although_its_heart_beats() {
     assert!(!flag.exists(), "a rank hung");
     let breaks = pods.leader().output();
     assert!(breaks.contains("was not done in"), "{breaks}");
+}
+
+/// A network that parts, delays, loses one direction, or ends a connection for one side only: streams go on when it heals, under
+/// exactly one live epoch.
+#[test]
+fn a_bad_network_delays_streams_and_changes_nothing() {
+    let _turn = turn();
+    let mut pods = Pods::prepare(&default_model(), 3, &[], &[]);
+    let network = Proxy::start(pods.master_port());
+    pods.start_pod(0, &[]);
+    pods.start_pod(1, &["--master-port", &network.port.to_string()]);
+    pods.start_pod(2, &[]);
+    pods.wait_until_ready();
+    for _ in 0..runs() {
+        for weather in [Weather::Partition, Weather::OneWay, Weather::HalfOpen, Weather::Cut] {
+            let epoch = pods.leader().metric("llm_tp_group_epoch");
+            survive(&pods, || {
+                network.set(weather);
+                let seen = wait_for("it is noticed", || pods.leader().get("/readyz").status == 503);
+                println!("{weather:?} was noticed after {} ms", seen.as_millis());
+                assert!(seen < Duration::from_secs(6), "{seen:?}");
+                thread::sleep(Duration::from_secs(2));
+                network.set(Weather::Fine);
+            });
+            pods.wait_until_ready();
+            let epochs: Vec<f64> = (0..3).map(|pod| pods.pod(pod).metric("llm_tp_group_epoch")).collect();
+            assert!(epochs[0] > epoch && epochs.iter().all(|other| *other == epochs[0]), "{epochs:?}");
+        }
+        // Delay alone breaks nothing.
+        let breaks = pods.leader().metric("llm_group_breaks_total");
+        network.set(Weather::Slow);
+        assert_same(&stream_all(pods.leader().port, &requests(4), 1, || ()), &short_answers());
+        network.set(Weather::Fine);
+        assert_eq!(pods.leader().metric("llm_group_breaks_total"), breaks);
+    }
+}
+
+/// What a new process answers to short requests.
+fn short_answers() -> Vec<Streamed> {
+    let model = default_model();
+    let alone = Server::start(&[model.to_str().expect("UTF-8"), "--max-model-len", "1024"]);
+    stream_all(alone.port, &requests(4), 1, || ())
+}
+
+/// The group is stopped and started as a whole, again and again, under clients that ask again what was not answered.
+#[test]
+fn restarts_of_the_whole_group_lose_nothing() {
+    let _turn = turn();
+    let mut pods = group();
+    for _ in 0..runs() {
+        // The API's port changes with the process here: clients learn the new one, as they would of a Service.
+        let port = pods.leader().port;
+        let before = thread::scope(|scope| {
+            let clients = scope.spawn(move || stream_all(port, &requests(TOKENS), 1, || ()));
+            wait_for("streams run", || pods.leader().metric("llm_requests_running") >= 1.0);
+            (0..3).for_each(|pod| pods.pod(pod).signal("TERM"));
+            clients.join().expect("clients do not panic")
+        });
+        for pod in &mut pods.pods {
+            assert!(pod.as_mut().expect("it runs").wait(Duration::from_secs(90)).success());
+        }
+        (0..3).for_each(|ordinal| pods.start_pod(ordinal, &[]));
+        let port = pods.leader().port;
+        for (index, (answer, body)) in before.into_iter().zip(requests(TOKENS)).enumerate() {
+            let whole = answer.done && answer.error.is_none();
+            let answer = if whole { answer } else { insist(port, &body) };
+            assert_same(&[answer], &expected()[index..=index]);
+        }
+        assert_same(&[insist(port, &requests(TOKENS)[0])], &expected()[..1]);
+    }
 }
 
 #[test]

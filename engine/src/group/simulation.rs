@@ -18,13 +18,13 @@ use super::leader::{Action, Leader, LeaderConfig, LinkId, State};
 use super::message::{Answer, Loaded, Step, Term, ToLeader, ToRank};
 use crate::executor::SampledToken;
 use crate::step_plan::{PlannedSequence, StepPlan};
-use crate::testing::Rng;
+use crate::testing::{Rng, mix};
 
 const TICK: Duration = Duration::from_millis(20);
 /// Faults happen until then.
 const FAULTS_END: Duration = Duration::from_secs(30);
 /// Then the stream must come to its end.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 const TOKENS: usize = 400;
 /// The least that a computed step takes.
 const STEP_DEADLINE: Duration = Duration::from_secs(10);
@@ -421,9 +421,9 @@ impl World {
         // A job takes all ranks of its epoch, each in this very life.
         let number = match &job {
             // An epoch's number may come again after everybody who knew it is gone: never with the same members.
-            Job::Form { members, .. } => members.iter().fold(u64::MAX, |hash, member| {
-                hash.wrapping_mul(31).wrapping_add(member.incarnation.0 as u64)
-            }),
+            Job::Form { members, .. } => {
+                members.iter().fold(u64::MAX, |hash, member| mix(hash ^ member.incarnation.0 as u64))
+            }
             Job::Step(step) => step.plan.step,
             Job::Poison(_) => unreachable!("the stream poisons nothing"),
         };
