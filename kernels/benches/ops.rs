@@ -2,8 +2,11 @@
 //!
 //! `cargo bench -p tandem-kernels` (quiet machine). Nothing is asserted: numbers are for people.
 
+use std::net::{TcpListener, TcpStream};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use tandem_kernels::comm::{Communicator, Sum, TcpCommunicator, TcpOptions};
 use tandem_kernels::cpu::{
     Activation, AttentionBatch, Buffer, Cpu, CpuOptions, Epilogue, KvCache, KvCacheConfig, Layout, Linear,
     LinearSpec, Part, Rope, SegmentPlan,
@@ -33,6 +36,51 @@ fn main() {
     }
     if wanted("small") {
         small(&cpu);
+    }
+    if wanted("collectives") {
+        collectives();
+    }
+}
+
+/// Sums of two ranks over loopback, each with one thread, with and without a core to itself: time of one, and what it moves.
+fn collectives() {
+    for spin in [true, false] {
+        for (rows, columns) in [(1, 576), (1, 2048), (1, 8192), (16, 2048), (64, 2048), (512, 2048)] {
+            let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+            let near = TcpStream::connect(listener.local_addr().expect("address")).expect("loopback");
+            let far = listener.accept().expect("loopback").0;
+            let rank = |number: usize, stream: TcpStream| {
+                let peers = if number == 0 { vec![None, Some(stream)] } else { vec![Some(stream), None] };
+                let options = TcpOptions { timeout: Duration::from_secs(10), spin };
+                TcpCommunicator::new(number, peers, options).expect("connections")
+            };
+            let (mut ours, mut theirs) = (rank(0, near), rank(1, far));
+            let sum = move |comm: &mut TcpCommunicator, times: usize| {
+                let cpu = Cpu::new(CpuOptions { threads: Some(1), ..CpuOptions::default() }).expect("cpu");
+                let own = vec![1.0; rows * columns];
+                let (mut gathered, mut out) = (vec![0.0; 2 * own.len()], vec![0.0; own.len()]);
+                let sum = Sum { parts: 1, columns, bias: None };
+                let start = Instant::now();
+                for _ in 0..times {
+                    let team = cpu.team();
+                    comm.all_reduce(&team, &own, &sum, &mut gathered, &mut out).expect("both are there");
+                }
+                start.elapsed() / times as u32
+            };
+            let times = (2_000_000 / (rows * columns)).clamp(20, 2000);
+            let time = thread::scope(|scope| {
+                scope.spawn(|| sum(&mut theirs, times));
+                sum(&mut ours, times)
+            });
+            let bytes = (rows * columns * 4) as f64;
+            println!(
+                "all-reduce {rows:4} x {columns:5} {:8.0} bytes each way, {}: {:9.1} us, {:6.2} GB/s",
+                bytes,
+                if spin { "spinning" } else { "sleeping" },
+                time.as_secs_f64() * 1e6,
+                bytes / time.as_secs_f64() / 1e9
+            );
+        }
     }
 }
 
