@@ -102,8 +102,9 @@ impl Pods {
 
     /// Waits until every pod says that the group is ready.
     pub fn wait_until_ready(&self) {
-        for pod in self.pods.iter().flatten() {
-            pod.wait_until_ready();
+        if !self.pods.iter().flatten().all(Server::becomes_ready) {
+            let said: Vec<String> = self.pods.iter().flatten().map(Server::output).collect();
+            panic!("a pod is not ready; they said:\n{}", said.join("\n--- next pod\n"));
         }
     }
 

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -66,12 +67,20 @@ pub fn binary() -> PathBuf {
     binary
 }
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago. It lies below those that the system gives to outgoing connections, so that none of the
+/// many of a test can take it before the process does that it is meant for.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("loopback has ports")
-        .port()
+    const FIRST: u32 = 20_000;
+    const NUM: u32 = 12_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        // Processes of tests begin at places of their own.
+        let offset = std::process::id().wrapping_mul(97).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = (FIRST + offset % NUM) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 impl Server {
@@ -115,14 +124,19 @@ impl Server {
 
     /// Waits until `/readyz` says 200.
     pub fn wait_until_ready(&self) {
+        assert!(self.becomes_ready(), "not ready after {START_DEADLINE:?}; it said:\n{}", self.output());
+    }
+
+    /// Whether `/readyz` says 200 in time.
+    pub fn becomes_ready(&self) -> bool {
         let start = Instant::now();
         while start.elapsed() < START_DEADLINE {
             if try_exchange(self.port, &get_request("/readyz")).is_ok_and(|response| response.status == 200) {
-                return;
+                return true;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!("not ready after {START_DEADLINE:?}; it said:\n{}", self.output());
+        false
     }
 
     /// What the process printed so far.

@@ -35,5 +35,5 @@ pub use handshake::{HANDSHAKE_TIMEOUT, PROTOCOL_VERSION, Purpose, accept, dial};
 pub use key::GroupKey;
 pub use link::Link;
 pub use message::{Incarnation, Message};
-pub use reader::LinkReader;
+pub use reader::{LinkReader, wait_any};
 pub use writer::{LinkWriter, WRITE_TIMEOUT};

@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 
 use crate::deadline::{Deadline, socket_timeout};
@@ -127,6 +128,16 @@ impl LinkReader {
         self.unread.start = self.unread.end - bytes.len();
         message
     }
+}
+
+/// Waits until one of the readers has bytes or has ended, at most `timeout`. Whole messages that a reader holds already do not
+/// count: ask each with a timeout of zero first.
+pub fn wait_any<'a>(readers: impl IntoIterator<Item = &'a LinkReader>, timeout: Duration) {
+    let mut wanted: Vec<PollFd<'_>> =
+        readers.into_iter().map(|reader| PollFd::new(&reader.stream, PollFlags::IN)).collect();
+    let timeout = Timespec::try_from(timeout).ok();
+    // Every outcome, an interruption too, is found out by asking the readers.
+    let _ = rustix::event::poll(&mut wanted, timeout.as_ref());
 }
 
 impl fmt::Debug for LinkReader {

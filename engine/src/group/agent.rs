@@ -267,9 +267,12 @@ impl Agent {
             let message = match done {
                 Done::Formed(Ok(())) => Some(ToLeader::Formed),
                 Done::Formed(Err(reason)) => Some(ToLeader::NotFormed { reason }),
-                Done::Stepped { result: Ok(answer), .. } => Some(ToLeader::Answer(answer)),
+                // The leader waits for the rank that draws; where the others are, their heartbeats say.
+                Done::Stepped { result: Ok(answer), .. } if self.config.rank == 0 => {
+                    Some(ToLeader::Answer(answer))
+                }
                 Done::Stepped { step, result: Err(reason) } => Some(ToLeader::StepFailed { step, reason }),
-                Done::Poisoned | Done::Aborted => None,
+                Done::Stepped { result: Ok(_), .. } | Done::Poisoned | Done::Aborted => None,
             };
             out.extend(message.map(|message| AgentAction::Send { link, epoch, message }));
         }

@@ -21,6 +21,9 @@ use crate::executor::sample::RowSampler;
 /// connection that nobody ends.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// How long the computing thread stays awake for the next step.
+const SPIN: Duration = Duration::from_micros(100);
+
 /// What is given up, seen by the computing thread and whoever tells it to.
 #[derive(Default)]
 pub(super) struct Aborts {
@@ -75,7 +78,7 @@ impl Compute<'_> {
         let mut sampler = RowSampler::new(&self.cpu, self.model.config().vocab_size);
         let mut batch = ForwardBatch::default();
         let mut live: Option<Epoch> = None;
-        while let Ok((epoch, job)) = jobs.recv() {
+        while let Some((epoch, job)) = self.next(jobs) {
             let outcome = if self.aborts.is_over(epoch) {
                 Done::Aborted
             } else {
@@ -102,6 +105,19 @@ impl Compute<'_> {
             let outcome = if self.aborts.is_over(epoch) { Done::Aborted } else { outcome };
             done(epoch, outcome);
         }
+    }
+
+    /// The next job. In a group that decodes it follows the last one within microseconds, for which a rank with cores of its own
+    /// stays awake.
+    fn next(&self, jobs: &Receiver<(u64, Job)>) -> Option<(u64, Job)> {
+        let start = Instant::now();
+        while self.spin && start.elapsed() < SPIN {
+            if let Ok(job) = jobs.try_recv() {
+                return Some(job);
+            }
+            std::hint::spin_loop();
+        }
+        jobs.recv().ok()
     }
 
     fn form(

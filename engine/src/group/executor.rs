@@ -1,15 +1,14 @@
 //! The engine's executor over a group of ranks: sockets, threads and the clock around [`Leader`].
 //!
-//! One thread accepts, one for each connection reads; all of them hand what they have to the step thread, which alone drives the
-//! state machine and writes. The channel between them is bounded: a reader that finds it full waits, and so does its rank.
+//! The step thread reads and writes all connections itself, so that a step costs no other thread's waking; only to accept and
+//! authenticate there are others, which hand it new connections.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::TcpListener;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
-use tandem_wire::{GroupKey, Incarnation, Link, LinkReader, LinkWriter, Purpose};
+use tandem_wire::{GroupKey, Incarnation, LinkReader, LinkWriter, Purpose, wait_any};
 
 use super::acceptor::{Acceptor, Arrival};
 use super::leader::{Action, Leader, LeaderConfig, LinkId, State};
@@ -20,15 +19,10 @@ use crate::executor::{Executor, ExecutorStatus, StepOutput};
 use crate::sample_row::SampleRow;
 use crate::step_plan::StepPlan;
 
-/// Messages that may wait for the step thread.
-const INBOX: usize = 1024;
-/// How long a reader waits before it looks again; only a closed connection ends it.
-const READ_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the step thread waits for news before it looks at the clock.
+/// New connections that may wait for the step thread.
+const MAX_ARRIVALS: usize = 64;
+/// How long the step thread waits for its connections before it looks at the clock and for new ones.
 const LOOK_UP: Duration = Duration::from_millis(20);
-/// How long a reader looks at its socket before it sleeps: a step's answer comes within that where ranks have cores of their
-/// own.
-const SPIN: Duration = Duration::ZERO;
 /// The least that a step may take, and the first one, which finds cold caches.
 const MIN_STEP_DEADLINE: Duration = Duration::from_secs(10);
 const FIRST_STEP_DEADLINE: Duration = Duration::from_secs(120);
@@ -38,23 +32,19 @@ const STEP_DEADLINE_FACTOR: u32 = 10;
 const REJECTION_SHOWN: Duration = Duration::from_secs(30);
 const MAX_REJECTIONS: usize = 8;
 
-/// A message's epoch and sender.
-type Origin = (u64, Incarnation);
-
-/// What threads tell the step thread.
-enum Event {
-    Connected { link: LinkId, host: String, writer: LinkWriter },
-    Message { link: LinkId, from: Origin, message: ToLeader },
-    Closed { link: LinkId, reason: String },
-    Rejected { host: String, reason: String },
+/// A connection to a rank, or to somebody who has not said yet which.
+struct Connection {
+    reader: LinkReader,
+    writer: LinkWriter,
 }
 
 /// Runs plans on all ranks of a group.
 pub(crate) struct GroupExecutor {
     leader: Leader,
     incarnation: Incarnation,
-    inbox: Receiver<Event>,
-    links: HashMap<LinkId, LinkWriter>,
+    arrivals: Receiver<Arrival>,
+    links: BTreeMap<LinkId, Connection>,
+    next_link: LinkId,
     rejections: VecDeque<(Instant, String)>,
     pace: Pace,
     status: GroupStatus,
@@ -72,19 +62,16 @@ impl GroupExecutor {
         incarnation: Incarnation,
         status: GroupStatus,
     ) -> std::io::Result<Self> {
-        let (sender, inbox) = sync_channel(INBOX);
-        let links = AtomicU64::new(0);
-        let take = move |arrival| match arrival {
-            Arrival::Link { link, host } => read(&links, link, host, &sender),
-            // The step thread is gone only when the process ends.
-            Arrival::Rejected { host, reason } => drop(sender.send(Event::Rejected { host, reason })),
-        };
+        let (sender, arrivals) = sync_channel(MAX_ARRIVALS);
+        // The step thread is gone only when the process ends.
+        let take = move |arrival| drop(sender.send(arrival));
         let acceptor = Acceptor::start(listener, key, Purpose::Control, take)?;
         let executor = Self {
             leader: Leader::new(config, Instant::now()),
             incarnation,
-            inbox,
-            links: HashMap::new(),
+            arrivals,
+            links: BTreeMap::new(),
+            next_link: 0,
             rejections: VecDeque::new(),
             pace: Pace::default(),
             status,
@@ -97,10 +84,7 @@ impl GroupExecutor {
 
     /// Waits for news, at most `timeout`, and takes it in; whether the group is ready.
     pub(crate) fn wait(&mut self, timeout: Duration) -> bool {
-        match self.inbox.recv_timeout(timeout) {
-            Ok(event) => self.take(event),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
-        }
+        wait_any(self.links.values().map(|link| &link.reader), timeout.min(LOOK_UP));
         self.turn();
         self.leader.state() == State::Ready
     }
@@ -123,9 +107,10 @@ impl GroupExecutor {
 
     /// Takes in what has come, and does what is due.
     fn turn(&mut self) {
-        while let Ok(event) = self.inbox.try_recv() {
-            self.take(event);
+        while let Ok(arrival) = self.arrivals.try_recv() {
+            self.arrive(arrival);
         }
+        self.hear();
         let now = Instant::now();
         self.rejections.retain(|(since, _)| now.duration_since(*since) < REJECTION_SHOWN);
         self.leader.tick(now, &mut self.actions);
@@ -133,29 +118,47 @@ impl GroupExecutor {
         self.publish();
     }
 
-    fn take(&mut self, event: Event) {
+    fn arrive(&mut self, arrival: Arrival) {
         let now = Instant::now();
-        match event {
-            Event::Connected { link, host, writer } => {
-                self.links.insert(link, writer);
-                self.leader.connected(now, link, host, &mut self.actions);
-            }
-            Event::Message { link, from, message } => {
-                self.leader.message(now, link, from, message, &mut self.actions);
-            }
-            Event::Closed { link, reason } => {
-                self.links.remove(&link);
-                self.leader.closed(now, link, &reason, &mut self.actions);
-            }
-            Event::Rejected { host, reason } => {
-                tracing::warn!(host, reason, "a connection to the group was rejected");
-                let line = format!("a connection from {host} was rejected: {reason}");
-                self.rejections.retain(|(_, old)| *old != line);
-                self.rejections.truncate(MAX_REJECTIONS - 1);
-                self.rejections.push_front((now, line));
+        let (host, reason) = match arrival {
+            Arrival::Link { link, host } => match link.split() {
+                Ok((reader, writer)) => {
+                    self.next_link += 1;
+                    self.links.insert(self.next_link, Connection { reader, writer });
+                    self.leader.connected(now, self.next_link, host, &mut self.actions);
+                    return self.act();
+                }
+                Err(error) => (host, error.to_string()),
+            },
+            Arrival::Rejected { host, reason } => (host, reason),
+        };
+        tracing::warn!(host, reason, "a connection to the group was rejected");
+        let line = format!("a connection from {host} was rejected: {reason}");
+        self.rejections.retain(|(_, old)| *old != line);
+        self.rejections.truncate(MAX_REJECTIONS - 1);
+        self.rejections.push_front((now, line));
+    }
+
+    /// Takes in what the connections have brought.
+    fn hear(&mut self) {
+        let ids: Vec<LinkId> = self.links.keys().copied().collect();
+        for link in ids {
+            // Closed meanwhile, it has nothing to say any more.
+            while let Some(connection) = self.links.get_mut(&link) {
+                let now = Instant::now();
+                match read_one(&mut connection.reader) {
+                    Ok(None) => break,
+                    Ok(Some((from, message))) => {
+                        self.leader.message(now, link, from, message, &mut self.actions);
+                    }
+                    Err(reason) => {
+                        self.links.remove(&link);
+                        self.leader.closed(now, link, &reason, &mut self.actions);
+                    }
+                }
+                self.act();
             }
         }
-        self.act();
     }
 
     /// Does what the state machine wants, also what that brings about.
@@ -164,8 +167,8 @@ impl GroupExecutor {
             for action in std::mem::take(&mut self.actions) {
                 match action {
                     Action::Close { link } => {
-                        if let Some(writer) = self.links.remove(&link) {
-                            writer.close();
+                        if let Some(connection) = self.links.remove(&link) {
+                            connection.writer.close();
                         }
                     }
                     Action::Send { link, epoch, message } => {
@@ -178,9 +181,8 @@ impl GroupExecutor {
     }
 
     fn send(&mut self, link: LinkId, epoch: u64, kind: u8, payload: &[u8]) {
-        let Some(writer) = self.links.get_mut(&link) else { return };
-        if let Err(error) = writer.send(epoch, self.incarnation, kind, payload) {
-            writer.close();
+        let Some(connection) = self.links.get_mut(&link) else { return };
+        if let Err(error) = connection.writer.send(epoch, self.incarnation, kind, payload) {
             self.links.remove(&link);
             let reason = format!("takes nothing: {error}");
             self.leader.closed(Instant::now(), link, &reason, &mut self.actions);
@@ -199,6 +201,7 @@ impl GroupExecutor {
 
     fn answer_to(&mut self, plan: &StepPlan, deadline: Duration) -> Result<Answer, ExecutorError> {
         let start = Instant::now();
+        let mut looked_up = start;
         let epoch = self.leader.epoch();
         loop {
             if self.leader.state() != State::Ready || self.leader.epoch() != epoch {
@@ -214,9 +217,11 @@ impl GroupExecutor {
                 self.act();
                 continue;
             }
-            match self.inbox.recv_timeout(LOOK_UP) {
-                Ok(event) => self.take(event),
-                Err(_) => self.turn(),
+            wait_any(self.links.values().map(|link| &link.reader), LOOK_UP);
+            self.hear();
+            if looked_up.elapsed() >= LOOK_UP {
+                looked_up = Instant::now();
+                self.turn();
             }
         }
     }
@@ -279,40 +284,16 @@ impl Executor for GroupExecutor {
     }
 }
 
-/// Reads a connection to its end.
-fn read(links: &AtomicU64, link: Link, host: String, events: &SyncSender<Event>) {
-    let id = links.fetch_add(1, Ordering::Relaxed);
-    let (mut reader, writer) = match link.split() {
-        Ok(halves) => halves,
-        Err(error) => return drop(events.send(Event::Rejected { host, reason: error.to_string() })),
-    };
-    reader.set_spin(SPIN);
-    // An error of `send` means that the step thread is gone: nobody is left to be told.
-    if events.send(Event::Connected { link: id, host, writer }).is_err() {
-        return;
-    }
-    let reason = loop {
-        match read_one(&mut reader) {
-            Ok(None) => {}
-            Ok(Some((from, message))) => {
-                if events.send(Event::Message { link: id, from, message }).is_err() {
-                    return;
-                }
-            }
-            Err(reason) => break reason,
-        }
-    };
-    drop(events.send(Event::Closed { link: id, reason }));
-}
-
+/// A message with its epoch and sender, if there is one.
 fn read_one(reader: &mut LinkReader) -> Result<Option<(Origin, ToLeader)>, String> {
-    let Some(message) = reader.recv(READ_TIMEOUT).map_err(|error| format!("is gone: {error}"))? else {
-        return Ok(None);
-    };
+    let message = reader.recv(Duration::ZERO).map_err(|error| format!("is gone: {error}"))?;
+    let Some(message) = message else { return Ok(None) };
     let decoded = ToLeader::decode(message.kind, &message.payload);
     let decoded = decoded.map_err(|error| format!("sent what cannot be understood: {error}"))?;
     Ok(Some(((message.epoch, message.sender), decoded)))
 }
+
+type Origin = (u64, Incarnation);
 
 /// How long steps take, as far as is known.
 #[derive(Default)]

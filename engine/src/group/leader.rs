@@ -277,12 +277,11 @@ impl Leader {
                 let reason = format!("{} could not join the others: {reason}", self.name(rank));
                 self.end_epoch(now, reason, out);
             }
-            ToLeader::Answer(answer) => {
+            ToLeader::Answer(answer) if rank == 0 => {
                 member.step = answer.step;
-                if rank == 0 {
-                    self.answer = Some(answer);
-                }
+                self.answer = Some(answer);
             }
+            ToLeader::Answer(_) => self.counters.stale_messages += 1,
             ToLeader::StepFailed { step, reason } => {
                 let reason = format!("{} failed in step {step}: {reason}", self.name(rank));
                 self.end_epoch(now, reason, out);

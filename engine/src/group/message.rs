@@ -32,7 +32,7 @@ pub(crate) enum ToLeader {
     NotFormed { reason: String },
     /// Nothing of any epoch up to the message's runs here any more.
     Idle,
-    /// A step is computed; the rows are answered by rank 0 only.
+    /// A step is computed; only rank 0, which draws, says so.
     Answer(Answer),
     /// A step could not be computed.
     StepFailed { step: u64, reason: String },

@@ -1,24 +1,25 @@
 //! A rank's process: sockets, threads and the clock around [`Agent`], and the computing thread beside it.
 //!
-//! The calling thread drives the state machine. One thread loads the model and then computes; one looks for the leader and then
-//! reads what it says. All of them tell the calling thread, through one channel, what has happened.
+//! One thread loads the model and then computes; one looks for the leader and then reads what it says; the calling thread keeps the
+//! time. Each of them drives the state machine itself, under one lock: what the leader says reaches the computing thread, and its
+//! answer the leader, without waking a third.
 
 use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tandem_wire::{GroupKey, HANDSHAKE_TIMEOUT, Incarnation, Link, LinkReader, LinkWriter, Purpose};
 
-use super::agent::{Agent, AgentAction, AgentConfig, Done, Ending, Job, RankReport};
+use super::agent::{Agent, AgentAction, AgentConfig, Ending, Job, RankReport};
 use super::compute::{Aborts, Compute};
 use super::leader::LinkId;
 use super::mesh::Mesh;
 use super::message::{Loaded, ToRank};
 use crate::error::ExecutorError;
-use crate::load::{EngineOptions, Inspected, LoadError};
+use crate::load::{EngineOptions, Inspected, LoadError, LoadedShard};
 
 /// How often deadlines are looked at.
 const LOOK_UP: Duration = Duration::from_millis(50);
@@ -58,15 +59,6 @@ pub enum RankOrder {
     Leave,
 }
 
-enum Event {
-    Dialled(Result<(LinkId, LinkWriter), String>),
-    Message { link: LinkId, from: (u64, Incarnation), message: ToRank },
-    Closed { link: LinkId, reason: String },
-    Loaded(Result<Loaded, LoadError>),
-    Done { epoch: u64, done: Done },
-    Order(RankOrder),
-}
-
 /// Loads this rank's share of a model, and computes what leaders say until it is told to leave. `report` is called with every
 /// change of the rank's state.
 ///
@@ -77,168 +69,186 @@ pub fn run_rank(
     options: &EngineOptions,
     rank: RankOptions,
     orders: Receiver<RankOrder>,
-    report: impl FnMut(&RankReport),
+    report: impl FnMut(&RankReport) + Send + 'static,
 ) -> Result<RankEnd, LoadError> {
     let fail = |error: &dyn std::fmt::Display| LoadError::Executor(ExecutorError::fatal(error.to_string()));
     let incarnation = Incarnation::random();
     let mesh = Mesh::start(rank.rank, incarnation, rank.listener, rank.key.clone());
-    let mesh = Arc::new(mesh.map_err(|error| fail(&error))?);
+    let mesh = mesh.map_err(|error| fail(&error))?;
     let config = AgentConfig {
         rank: rank.rank as u32,
         port: mesh.port(),
         terms: inspected.terms(options, rank.size)?,
     };
-    let aborts = Arc::new(Aborts::default());
-    let (events, inbox) = mpsc::channel();
     let (jobs, work) = mpsc::channel();
+    let (end, ended) = mpsc::channel();
+    let state = State {
+        agent: Agent::new(config, Instant::now()),
+        links: HashMap::new(),
+        next_link: 0,
+        last_report: None,
+        report: Box::new(report),
+    };
+    let driver = Arc::new(Driver {
+        state: Mutex::new(state),
+        incarnation,
+        leader: rank.leader,
+        key: rank.key,
+        jobs,
+        aborts: Aborts::default(),
+        end,
+    });
 
-    let (told, shared, options) = (events.clone(), Arc::clone(&aborts), options.clone());
+    let (shared, options) = (Arc::clone(&driver), options.clone());
     let (number, size, local_ranks) = (rank.rank, rank.size, rank.local_ranks);
-    let compute = move || {
-        let shard = inspected.load_shard(&options, number, size, local_ranks);
-        let shard = match shard {
-            Ok(shard) => shard,
-            Err(error) => return drop(told.send(Event::Loaded(Err(error)))),
-        };
-        let loaded = Loaded {
-            max_blocks: shard.max_blocks as u64,
-            weight_bytes: shard.model.loaded_bytes().kept,
-            read_bytes: shard.model.loaded_bytes().read,
-        };
-        let compute = Compute {
-            rank: number,
-            spin: shard.has_own_cores,
-            cpu: shard.cpu,
-            model: shard.model,
-            kv_dtype: shard.kv_dtype,
-            mesh: &mesh,
-            aborts: &shared,
-        };
-        drop(told.send(Event::Loaded(Ok(loaded))));
-        compute.run(&work, |epoch, done| drop(told.send(Event::Done { epoch, done })));
+    let compute = move || match inspected.load_shard(&options, number, size, local_ranks) {
+        Ok(shard) => run_shard(&shared, shard, number, &mesh, &work),
+        // Nobody listens only if the rank has ended.
+        Err(error) => drop(shared.end.send(Err(error))),
     };
     thread::Builder::new().name("tandem-step".into()).spawn(compute).map_err(|error| fail(&error))?;
-    let told = events.clone();
-    let listen = move || orders.into_iter().for_each(|order| drop(told.send(Event::Order(order))));
+    let shared = Arc::clone(&driver);
+    let listen =
+        move || orders.into_iter().for_each(|RankOrder::Leave| shared.drive(|agent, out| agent.leave(out)));
     thread::Builder::new().name("tandem-orders".into()).spawn(listen).map_err(|error| fail(&error))?;
-
-    let agent = Agent::new(config, Instant::now());
-    let (leader, key) = (rank.leader, rank.key);
-    Driver { agent, incarnation, leader, key, links: HashMap::new(), next_link: 0, events, jobs, aborts }
-        .run(&inbox, report)
+    loop {
+        driver.drive(|agent, out| agent.tick(Instant::now(), out));
+        match ended.recv_timeout(LOOK_UP) {
+            Ok(end) => return end,
+            // The driver holds a sender: the channel does not end by itself.
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+        }
+    }
 }
 
-/// What the calling thread holds.
+/// Tells that the share is loaded, and does jobs until the process ends.
+fn run_shard(
+    driver: &Arc<Driver>,
+    shard: LoadedShard,
+    rank: usize,
+    mesh: &Mesh,
+    work: &Receiver<(u64, Job)>,
+) {
+    let bytes = shard.model.loaded_bytes();
+    let loaded =
+        Loaded { max_blocks: shard.max_blocks as u64, weight_bytes: bytes.kept, read_bytes: bytes.read };
+    let compute = Compute {
+        rank,
+        spin: shard.has_own_cores,
+        cpu: shard.cpu,
+        model: shard.model,
+        kv_dtype: shard.kv_dtype,
+        mesh,
+        aborts: &driver.aborts,
+    };
+    driver.drive(|agent, out| agent.loaded(loaded, out));
+    compute.run(work, |epoch, done| {
+        driver.drive(|agent, out| agent.done(Instant::now(), epoch, done, out));
+    });
+}
+
+/// What the threads of a rank share.
 struct Driver {
-    agent: Agent,
+    state: Mutex<State>,
     incarnation: Incarnation,
     leader: (String, u16),
     key: Option<GroupKey>,
+    jobs: Sender<(u64, Job)>,
+    aborts: Aborts,
+    end: Sender<Result<RankEnd, LoadError>>,
+}
+
+/// What one of them at a time may touch.
+struct State {
+    agent: Agent,
     links: HashMap<LinkId, LinkWriter>,
     next_link: LinkId,
-    events: Sender<Event>,
-    jobs: Sender<(u64, Job)>,
-    aborts: Arc<Aborts>,
+    last_report: Option<RankReport>,
+    report: Box<dyn FnMut(&RankReport) + Send>,
 }
 
 impl Driver {
-    fn run(
-        mut self,
-        inbox: &Receiver<Event>,
-        mut report: impl FnMut(&RankReport),
-    ) -> Result<RankEnd, LoadError> {
-        let mut last = self.agent.report();
-        report(&last);
-        loop {
-            let mut out = Vec::new();
-            // The channel cannot end: this thread holds a sender of it.
-            if let Ok(event) = inbox.recv_timeout(LOOK_UP) {
-                self.take(event, &mut out)?;
-            }
-            while let Ok(event) = inbox.try_recv() {
-                self.take(event, &mut out)?;
-            }
-            self.agent.tick(Instant::now(), &mut out);
-            if let Some(end) = self.act(out) {
-                return Ok(end);
-            }
-            let now = self.agent.report();
-            if now != last {
-                report(&now);
-                last = now;
-            }
-        }
-    }
-
-    fn take(&mut self, event: Event, out: &mut Vec<AgentAction>) -> Result<(), LoadError> {
-        let now = Instant::now();
-        match event {
-            Event::Dialled(result) => {
-                let link = result.map(|(link, writer)| {
-                    self.links.insert(link, writer);
-                    link
-                });
-                self.agent.dialled(now, link, out);
-            }
-            Event::Message { link, from, message } => self.agent.message(now, link, from, message, out),
-            Event::Closed { link, reason } => {
-                self.links.remove(&link);
-                self.agent.closed(now, link, &reason, out);
-            }
-            Event::Loaded(loaded) => self.agent.loaded(loaded?, out),
-            Event::Done { epoch, done } => self.agent.done(now, epoch, done, out),
-            Event::Order(RankOrder::Leave) => self.agent.leave(out),
-        }
-        Ok(())
-    }
-
-    /// Does what the state machine wants; how the process ends, if it is to end.
-    fn act(&mut self, mut actions: Vec<AgentAction>) -> Option<RankEnd> {
+    /// Lets something happen to the state machine, and does what it wants done. Blocks at most for as long as a connection may
+    /// take nothing.
+    fn drive(self: &Arc<Self>, happen: impl FnOnce(&mut Agent, &mut Vec<AgentAction>)) {
+        // Nothing panics while it holds the lock, but for a bug in the state machine; then the process is of no use.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = &mut *state;
+        let mut actions = Vec::new();
+        happen(&mut state.agent, &mut actions);
         while !actions.is_empty() {
             let mut more = Vec::new();
-            for action in actions {
-                match action {
-                    AgentAction::Dial => self.dial(&mut more),
-                    AgentAction::Send { link, epoch, message } => {
-                        let (kind, payload) = message.encode();
-                        let Some(writer) = self.links.get_mut(&link) else { continue };
-                        if let Err(error) = writer.send(epoch, self.incarnation, kind, &payload) {
-                            self.links.remove(&link);
-                            self.agent.closed(Instant::now(), link, &error.to_string(), &mut more);
-                        }
-                    }
-                    AgentAction::Close { link } => {
-                        if let Some(writer) = self.links.remove(&link) {
-                            writer.close();
-                        }
-                    }
-                    // The computing thread ends with the process only.
-                    AgentAction::Compute { epoch, job } => drop(self.jobs.send((epoch, job))),
-                    AgentAction::Abort { epoch } => self.aborts.abort(epoch),
-                    AgentAction::Exit(Ending::Left) => return Some(RankEnd::Left),
-                    AgentAction::Exit(Ending::Hung) => return Some(RankEnd::Hung),
-                }
-            }
+            actions.drain(..).for_each(|action| self.act(state, action, &mut more));
             actions = more;
         }
-        None
+        let report = state.agent.report();
+        if state.last_report.as_ref() != Some(&report) {
+            (state.report)(&report);
+            state.last_report = Some(report);
+        }
     }
 
-    fn dial(&mut self, out: &mut Vec<AgentAction>) {
-        self.next_link += 1;
-        let (link, events, key) = (self.next_link, self.events.clone(), self.key.clone());
-        let leader = self.leader.clone();
-        let look = move || match connect(&leader, key.as_ref()) {
-            Err(reason) => drop(events.send(Event::Dialled(Err(reason)))),
-            Ok((reader, writer)) => {
-                if events.send(Event::Dialled(Ok((link, writer)))).is_ok() {
-                    let reason = read(link, reader, &events);
-                    drop(events.send(Event::Closed { link, reason }));
+    fn act(self: &Arc<Self>, state: &mut State, action: AgentAction, more: &mut Vec<AgentAction>) {
+        match action {
+            AgentAction::Dial => self.dial(state, more),
+            AgentAction::Send { link, epoch, message } => {
+                let (kind, payload) = message.encode();
+                let Some(writer) = state.links.get_mut(&link) else { return };
+                if let Err(error) = writer.send(epoch, self.incarnation, kind, &payload) {
+                    state.links.remove(&link);
+                    state.agent.closed(Instant::now(), link, &error.to_string(), more);
                 }
+            }
+            AgentAction::Close { link } => {
+                if let Some(writer) = state.links.remove(&link) {
+                    writer.close();
+                }
+            }
+            // The computing thread, and whoever waits for the end, go with the process only.
+            AgentAction::Compute { epoch, job } => drop(self.jobs.send((epoch, job))),
+            AgentAction::Abort { epoch } => self.aborts.abort(epoch),
+            AgentAction::Exit(Ending::Left) => drop(self.end.send(Ok(RankEnd::Left))),
+            AgentAction::Exit(Ending::Hung) => drop(self.end.send(Ok(RankEnd::Hung))),
+        }
+    }
+
+    /// Looks for the leader on a thread of its own, which then reads what the leader says.
+    fn dial(self: &Arc<Self>, state: &mut State, more: &mut Vec<AgentAction>) {
+        state.next_link += 1;
+        let (link, driver) = (state.next_link, Arc::clone(self));
+        let look = move || match connect(&driver.leader, driver.key.as_ref()) {
+            Err(reason) => driver.drive(|agent, out| agent.dialled(Instant::now(), Err(reason), out)),
+            Ok((mut reader, writer)) => {
+                driver.links(|links| drop(links.insert(link, writer)));
+                driver.drive(|agent, out| agent.dialled(Instant::now(), Ok(link), out));
+                let reason = driver.read(link, &mut reader);
+                driver.links(|links| drop(links.remove(&link)));
+                driver.drive(|agent, out| agent.closed(Instant::now(), link, &reason, out));
             }
         };
         if let Err(error) = thread::Builder::new().name("tandem-leader".into()).spawn(look) {
-            self.agent.dialled(Instant::now(), Err(format!("no thread: {error}")), out);
+            state.agent.dialled(Instant::now(), Err(format!("no thread: {error}")), more);
+        }
+    }
+
+    fn links(&self, change: impl FnOnce(&mut HashMap<LinkId, LinkWriter>)) {
+        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).links);
+    }
+
+    /// Reads a connection to its end; why it ended.
+    fn read(self: &Arc<Self>, link: LinkId, reader: &mut LinkReader) -> String {
+        loop {
+            let message = match reader.recv(READ_TIMEOUT) {
+                Ok(None) => continue,
+                Ok(Some(message)) => message,
+                Err(error) => return error.to_string(),
+            };
+            let from = (message.epoch, message.sender);
+            let message = match ToRank::decode(message.kind, &message.payload) {
+                Ok(message) => message,
+                Err(error) => return format!("it says what cannot be understood: {error}"),
+            };
+            self.drive(|agent, out| agent.message(Instant::now(), link, from, message, out));
         }
     }
 }
@@ -254,23 +264,4 @@ fn connect((host, port): &(String, u16), key: Option<&GroupKey>) -> Result<(Link
     });
     let link = tandem_wire::dial(connected.ok_or(last)?, key, Purpose::Control, HANDSHAKE_TIMEOUT);
     link.and_then(Link::split).map_err(|error| format!("{host}:{port}: {error}"))
-}
-
-/// Reads a connection to its end; why it ended.
-fn read(link: LinkId, mut reader: LinkReader, events: &Sender<Event>) -> String {
-    loop {
-        let message = match reader.recv(READ_TIMEOUT) {
-            Ok(None) => continue,
-            Ok(Some(message)) => message,
-            Err(error) => return error.to_string(),
-        };
-        let from = (message.epoch, message.sender);
-        let message = match ToRank::decode(message.kind, &message.payload) {
-            Ok(message) => message,
-            Err(error) => return format!("it says what cannot be understood: {error}"),
-        };
-        if events.send(Event::Message { link, from, message }).is_err() {
-            return "the rank has ended".into();
-        }
-    }
 }

@@ -18,6 +18,7 @@ use tandem_models::{
 };
 use thiserror::Error;
 
+pub(crate) use group::LoadedShard;
 pub use group::{Gathering, LeadOptions};
 pub use machine::{MachineInfo, machine_info};
 pub use plan::EnginePlan;
