@@ -130,8 +130,7 @@ fn run_shard(
     work: &Receiver<(u64, Job)>,
 ) {
     let bytes = shard.model.loaded_bytes();
-    let loaded =
-        Loaded { max_blocks: shard.max_blocks as u64, weight_bytes: bytes.kept, read_bytes: bytes.read };
+    let loaded = Loaded { max_blocks: shard.max_blocks, weight_bytes: bytes.kept, read_bytes: bytes.read };
     let compute = Compute {
         rank,
         spin: shard.has_own_cores,

@@ -48,7 +48,7 @@ pub(crate) struct LoadedShard {
     pub(crate) model: Llama,
     pub(crate) kv_dtype: KvDType,
     /// KV blocks that there is memory for.
-    pub(crate) max_blocks: usize,
+    pub(crate) max_blocks: u64,
     /// Whether the machine has a core for every worker of every rank on it.
     pub(crate) has_own_cores: bool,
 }
@@ -123,7 +123,9 @@ impl Inspected {
         let name = self.info.name.clone();
         let model = Llama::load(&cpu, &name, self.files.config.clone(), self.files.weights(), llama_options)?;
         // After the weights are in memory: what is free now can hold KV.
-        let max_blocks = self.plan_shard(options, size, local_ranks)?.num_blocks;
+        self.plan_shard(options, size, local_ranks)?;
+        let free_bytes = machine::memory_available_bytes() / local_ranks.max(1) as u64;
+        let max_blocks = plan::capacity(model.config(), kv_dtype, options, free_bytes);
         let has_own_cores = threads * local_ranks <= cores;
         Ok(LoadedShard { cpu, model, kv_dtype, max_blocks, has_own_cores })
     }

@@ -28,6 +28,19 @@ pub struct EnginePlan {
     pub notes: Vec<String>,
 }
 
+/// KV blocks that a rank has room for: more than [`plan`] would take by itself, so that a rank that is started again, in a little
+/// less free memory than its predecessor found, still has room for what the group has agreed on.
+pub(super) fn capacity(
+    config: &ModelConfig,
+    kv_dtype: KvDType,
+    options: &EngineOptions,
+    free_bytes: u64,
+) -> u64 {
+    let block_bytes = Llama::kv_cache_config(config, 1, kv_dtype).bytes_per_block() as u64;
+    let room = free_bytes / 10 * 9;
+    options.kv_cache_memory_bytes.map_or(room, |given| given.min(free_bytes)) / block_bytes
+}
+
 /// Plans the KV pool for `free_bytes` of free memory.
 pub(super) fn plan(
     config: &ModelConfig,
@@ -166,6 +179,20 @@ mod tests {
         assert_eq!(plan_with(&options, 4 * 13 * BLOCK_BYTES).unwrap().max_model_len, 200);
         let error = plan_with(&options, 4 * 12 * BLOCK_BYTES).unwrap_err();
         assert!(matches!(error, LoadError::Option { option: "max-model-len", .. }), "{error}");
+    }
+
+    #[test]
+    fn a_rank_has_room_for_more_than_it_would_plan() {
+        let config = config();
+        let room = |options: &EngineOptions, free| capacity(&config, KvDType::Bf16, options, free);
+        let options = EngineOptions::default();
+        let planned = plan_with(&options, 400 * BLOCK_BYTES).unwrap().num_blocks as u64;
+        assert_eq!((planned, room(&options, 400 * BLOCK_BYTES)), (100, 360));
+        // Its successor finds less memory free and still fits.
+        assert!(room(&options, 200 * BLOCK_BYTES) >= planned);
+        let given = EngineOptions { kv_cache_memory_bytes: Some(50 * BLOCK_BYTES), ..options };
+        assert_eq!(room(&given, 400 * BLOCK_BYTES), 50);
+        assert_eq!(room(&given, 20 * BLOCK_BYTES), 20);
     }
 
     #[test]
