@@ -65,7 +65,15 @@ fn main() {
             (orders, thread)
         })
         .collect();
-    let lead = LeadOptions { size, gpus_per_pod: size, listener, key: None, leader_http: String::new() };
+    let lead = LeadOptions {
+        size,
+        gpus_per_pod: size,
+        listener,
+        key: None,
+        peers: vec![],
+        rank_port: 0,
+        leader_http: String::new(),
+    };
     let gathering = inspect(&model).expect("a model").lead(&options, lead, GroupStatus::default());
     let loaded = gathering.expect("a group").wait(Some(Duration::from_secs(30))).expect("all ranks");
     let engine = spawn(loaded.executor, loaded.config);

@@ -62,7 +62,15 @@ impl Group {
         let leader = listener.local_addr().expect("it listens").port();
         let ranks = (0..size).map(|rank| Some(Rank::start(&model, &options, rank, size, leader))).collect();
         let status = GroupStatus::default();
-        let lead = LeadOptions { size, gpus_per_pod: size, listener, key: None, leader_http: String::new() };
+        let lead = LeadOptions {
+            size,
+            gpus_per_pod: size,
+            listener,
+            key: None,
+            peers: vec![],
+            rank_port: 0,
+            leader_http: String::new(),
+        };
         let inspected = inspect(&model).unwrap_or_else(|error| panic!("{error}"));
         let gathering =
             inspected.lead(&options, lead, status.clone()).unwrap_or_else(|error| panic!("{error}"));

@@ -54,7 +54,8 @@ fn pods_of_the_manifest_know_their_places() {
     let leader = start_pod("0", &key);
     wait_for("pod 0 leads and misses the others", || {
         let report = leader.peek("/readyz");
-        report.contains("ordinal 0") && report.contains("ordinal 1 has not called")
+        report.contains("ordinal 1 has not called")
+            && report.contains("tandem-1.tandem-group.default.svc.cluster.local does not resolve")
     });
     drop(leader);
     let follower = start_pod("1", &key);

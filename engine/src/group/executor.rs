@@ -13,6 +13,7 @@ use tandem_wire::{GroupKey, Incarnation, LinkReader, LinkWriter, Purpose, wait_a
 use super::acceptor::{Acceptor, Arrival};
 use super::leader::{Action, Leader, LeaderConfig, LinkId, State};
 use super::message::{Answer, Loaded, ToLeader, ToRank, encode_step};
+use super::scout::Scout;
 use super::status::{GroupReport, GroupState, GroupStatus};
 use crate::error::{ExecutorError, ExecutorErrorKind};
 use crate::executor::{Executor, ExecutorStatus, StepOutput};
@@ -46,6 +47,7 @@ pub(crate) struct GroupExecutor {
     links: BTreeMap<LinkId, Connection>,
     next_link: LinkId,
     rejections: VecDeque<(Instant, String)>,
+    scout: Scout,
     pace: Pace,
     status: GroupStatus,
     actions: Vec<Action>,
@@ -60,6 +62,7 @@ impl GroupExecutor {
         listener: TcpListener,
         key: Option<GroupKey>,
         incarnation: Incarnation,
+        scout: Scout,
         status: GroupStatus,
     ) -> std::io::Result<Self> {
         let (sender, arrivals) = sync_channel(MAX_ARRIVALS);
@@ -73,6 +76,7 @@ impl GroupExecutor {
             links: BTreeMap::new(),
             next_link: 0,
             rejections: VecDeque::new(),
+            scout,
             pace: Pace::default(),
             status,
             actions: Vec::new(),
@@ -92,7 +96,8 @@ impl GroupExecutor {
     /// Why the group is not ready, a line for each reason.
     pub(crate) fn missing(&self) -> Vec<String> {
         let rejections = self.rejections.iter().map(|(_, rejection)| rejection.clone());
-        self.leader.missing().into_iter().chain(rejections).collect()
+        let looked_for = (0..self.leader.num_pods()).filter_map(|ordinal| self.scout.finding(ordinal));
+        self.leader.missing().into_iter().chain(looked_for).chain(rejections).collect()
     }
 
     /// KV blocks of every rank, once the group has been ready.
@@ -114,6 +119,7 @@ impl GroupExecutor {
         let now = Instant::now();
         self.rejections.retain(|(since, _)| now.duration_since(*since) < REJECTION_SHOWN);
         self.leader.tick(now, &mut self.actions);
+        self.scout.miss(|ordinal| self.leader.misses_pod(ordinal));
         self.act();
         self.publish();
     }

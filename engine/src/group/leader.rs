@@ -184,6 +184,16 @@ impl Leader {
         self.config.size
     }
 
+    pub(crate) fn num_pods(&self) -> usize {
+        self.config.size / self.config.gpus_per_pod
+    }
+
+    /// Whether no rank of a pod is a member.
+    pub(crate) fn misses_pod(&self, ordinal: usize) -> bool {
+        let local = self.config.gpus_per_pod;
+        self.members[ordinal * local..(ordinal + 1) * local].iter().all(Option::is_none)
+    }
+
     pub(crate) fn leader_http(&self) -> &str {
         &self.config.leader_http
     }

@@ -7,7 +7,8 @@
 //! ```
 //! * [`leader`] and [`agent`] are the protocol as state machines without sockets, threads or clock; a simulation drives both.
 //! * [`executor`] and [`rank`] are the sockets and threads around them; [`compute`] is the rank's computing thread.
-//! * [`message`] and [`rows`] are what they say; [`mesh`] connects ranks to each other; [`acceptor`] lets peers in.
+//! * [`message`] and [`rows`] are what they say; [`mesh`] connects ranks to each other; [`acceptor`] lets peers in; [`scout`] looks
+//!   for those that do not come.
 //!
 //! Only the leader decides and reads a clock that matters; ranks execute plans in order and check each one's digest. KV belongs to
 //! one epoch: when a rank is lost, the others give the step up, keep their weights, and a new epoch begins once all are there.
@@ -21,6 +22,7 @@ mod mesh;
 pub(crate) mod message;
 mod rank;
 mod rows;
+pub(crate) mod scout;
 #[cfg(test)]
 mod simulation;
 pub(crate) mod status;

@@ -13,6 +13,7 @@ use crate::error::ExecutorError;
 use crate::group::executor::GroupExecutor;
 use crate::group::leader::LeaderConfig;
 use crate::group::message::{PROTOCOL_VERSION, Term};
+use crate::group::scout::Scout;
 use crate::group::status::GroupStatus;
 
 /// How long a wait for ranks goes on before the caller may have a look.
@@ -28,6 +29,9 @@ pub struct LeadOptions {
     /// Where ranks call.
     pub listener: TcpListener,
     pub key: Option<GroupKey>,
+    /// Names of all pods, where they are known, and the port of the first rank of each: those that do not call are looked for.
+    pub peers: Vec<String>,
+    pub rank_port: u16,
     /// `host:port` where clients find this process.
     pub leader_http: String,
 }
@@ -150,7 +154,8 @@ impl Inspected {
         };
         let failed = |error: String| LoadError::Executor(ExecutorError::fatal(error));
         let incarnation = Incarnation::random();
-        let executor = GroupExecutor::start(config, group.listener, group.key, incarnation, status);
+        let scout = Scout::start(group.peers, group.rank_port).map_err(|error| failed(error.to_string()))?;
+        let executor = GroupExecutor::start(config, group.listener, group.key, incarnation, scout, status);
         let executor = executor.map_err(|error| failed(error.to_string()))?;
         let threads = self.options.threads.unwrap_or((default_threads() / group.gpus_per_pod).max(1));
         Ok(Gathering { executor, inspected: self, options: options.clone(), plan, threads, size: group.size })

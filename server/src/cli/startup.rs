@@ -125,7 +125,15 @@ impl Prepared {
                 split.segments
             );
         }
-        let lead = LeadOptions { size, gpus_per_pod, listener, key: group.key.clone(), leader_http };
+        let lead = LeadOptions {
+            size,
+            gpus_per_pod,
+            listener,
+            key: group.key.clone(),
+            peers: group.peers.clone(),
+            rank_port: group.rank_port,
+            leader_http,
+        };
         let gathering = self.inspected.lead(&self.options, lead, status).map_err(|e| refusal(config, e))?;
         let loaded = gathering.wait(group.join_timeout).map_err(|e| refusal(config, e))?;
         for note in &loaded.plan.notes {
