@@ -3,23 +3,18 @@
 //! Two ranks of a model so small that its own time hardly counts, as threads of this process, decode one sequence. Printed is what
 //! is left of a step when the model's time is taken away: encoding the plan, the way to the ranks and back, drawing the token.
 
-use std::net::TcpListener;
-use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
-use tandem_engine::{
-    EngineHandle, EngineOptions, GroupStatus, LeadOptions, ModelOptions, RankOptions, RankOrder, inspect,
-    run_rank, spawn,
-};
+use tandem_engine::{EngineHandle, EngineOptions, ModelOptions, SamplingParams};
 use tandem_tests::engine::{answer, greedy, model, request, start};
 use tandem_tests::golden_path;
+use tandem_tests::ranks::Group;
 
 const TOKENS: usize = 1500;
 
 fn overhead(engine: &EngineHandle) -> f64 {
     let prompt: Vec<u32> = (5..25).collect();
-    let params = tandem_engine::SamplingParams { ignore_eos: true, logprobs: None, ..greedy(TOKENS) };
+    let params = SamplingParams { ignore_eos: true, logprobs: None, ..greedy(TOKENS) };
     answer(engine, request(&prompt, params.clone()));
     let before = engine.snapshot().decode_times;
     answer(engine, request(&prompt, params));
@@ -44,45 +39,8 @@ fn main() {
     alone.shutdown();
 
     println!("two ranks");
-    let size = 2;
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
-    let port = listener.local_addr().expect("address").port();
-    let ranks: Vec<_> = (0..size)
-        .map(|rank| {
-            let (orders, inbox) = mpsc::channel();
-            let (model, options) = (model.clone(), options.clone());
-            let thread = thread::spawn(move || {
-                let place = RankOptions {
-                    rank,
-                    size,
-                    local_ranks: size,
-                    leader: ("127.0.0.1".into(), port),
-                    listener: TcpListener::bind("127.0.0.1:0").expect("loopback"),
-                    key: None,
-                };
-                run_rank(inspect(&model).expect("a model"), &options, place, inbox, |_| ()).expect("it runs")
-            });
-            (orders, thread)
-        })
-        .collect();
-    let lead = LeadOptions {
-        size,
-        gpus_per_pod: size,
-        listener,
-        key: None,
-        peers: vec![],
-        rank_port: 0,
-        leader_http: String::new(),
-    };
-    let gathering = inspect(&model).expect("a model").lead(&options, lead, GroupStatus::default());
-    let loaded = gathering.expect("a group").wait(Some(Duration::from_secs(30))).expect("all ranks");
-    let engine = spawn(loaded.executor, loaded.config);
-    let found = overhead(&engine);
+    let group = Group::start(model, options, 2);
+    let found = overhead(&group.engine);
     println!("the control channel: {:.1} us a step", found - least);
-    engine.shutdown();
-    drop(engine);
-    for (orders, thread) in ranks {
-        orders.send(RankOrder::Leave).expect("it listens");
-        thread.join().expect("it ends");
-    }
+    group.stop();
 }

@@ -5,6 +5,7 @@ pub mod golden;
 pub mod pods;
 pub mod proxy;
 pub mod python;
+pub mod ranks;
 pub mod server;
 
 use std::path::{Path, PathBuf};

@@ -121,9 +121,10 @@ fn a_pod_that_is_lost_is_replaced_by_its_ordinal() {
         let streams = scope.spawn(move || stream_all(port, &requests(TOKENS), 1, || ()));
         wait_for("streams run", || pods.leader().metric("llm_requests_running") >= 1.0);
         pods.kill_pod(2);
-        wait_for("the group is broken", || pods.leader().get("/readyz").status == 503);
-        let report = pods.leader().get("/readyz").body;
-        assert!(report.contains("ordinal 2"), "{report}");
+        wait_for("the leader misses it", || {
+            let report = pods.leader().get("/readyz");
+            report.status == 503 && report.body.contains("ordinal 2")
+        });
         let refused = stream(port, &requests(4)[0], |_| ());
         assert!(
             refused.error.is_some_and(|error| error["code"] == 503),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tandem_kernels::KvDType;
 use tandem_kernels::comm::{AbortHandle, TcpCommunicator, TcpOptions};
-use tandem_kernels::cpu::{Cpu, KvCache};
+use tandem_kernels::cpu::{BLOCK_SIZE, Cpu, KvCache};
 use tandem_models::{ForwardBatch, Llama};
 
 use super::agent::{Done, Job};
@@ -16,6 +16,7 @@ use super::message::{Answer, MemberAddress, Step};
 use super::rows::OwnedRow;
 use crate::executor::prepare::prepare;
 use crate::executor::sample::RowSampler;
+use crate::step_plan::PlannedSequence;
 
 /// How long a collective may take. The leader ends a step that hangs long before; this is for a rank that is alone with a
 /// connection that nobody ends.
@@ -60,6 +61,9 @@ pub(super) struct Compute<'a> {
     pub(super) cpu: Cpu,
     pub(super) model: Llama,
     pub(super) kv_dtype: KvDType,
+    /// Most tokens, and most rows of logits, of one step.
+    pub(super) max_tokens: usize,
+    pub(super) max_logits_rows: usize,
     /// Whether every worker of this rank has a core to itself.
     pub(super) spin: bool,
     pub(super) mesh: &'a Mesh,
@@ -127,6 +131,9 @@ impl Compute<'_> {
         members: &[MemberAddress],
         memory: Option<KvCache>,
     ) -> Result<Epoch, String> {
+        if members.get(self.rank).is_none_or(|member| member.incarnation != self.mesh.incarnation()) {
+            return Err("the group's members do not list this process in its place".into());
+        }
         let peers = self.mesh.connect(epoch, members, &|| self.aborts.is_over(epoch))?;
         let options = TcpOptions { timeout: COLLECTIVE_TIMEOUT, spin: self.spin };
         let comm = TcpCommunicator::new(self.rank, peers, options).map_err(|error| error.to_string())?;
@@ -141,6 +148,39 @@ impl Compute<'_> {
         Ok(Epoch { comm, kv })
     }
 
+    /// Whether a step can be computed at all: what a leader of this version would never send must end in words, not in a panic.
+    fn check(&self, step: &Step, num_blocks: usize) -> Result<(), String> {
+        let (plan, vocab_size) = (&step.plan, self.model.config().vocab_size);
+        let block_size = plan.block_size as usize;
+        let is_block = |block: &u32| (*block as usize) < num_blocks;
+        let fits = |sequence: &PlannedSequence| {
+            let end = sequence.context_len as usize + sequence.token_ids.len();
+            !sequence.token_ids.is_empty()
+                && sequence.token_ids.iter().all(|id| (*id as usize) < vocab_size)
+                && sequence.block_table.len() == end.div_ceil(block_size)
+                && sequence.block_table.iter().all(is_block)
+                && sequence.logits_rows.iter().all(|row| (*row as usize) < sequence.token_ids.len())
+        };
+        let copies = &plan.block_copies;
+        let holds = block_size == BLOCK_SIZE
+            && plan.num_tokens() <= self.max_tokens
+            && plan.num_logits_rows() <= self.max_logits_rows
+            && plan.sequences.iter().all(fits)
+            && copies.iter().all(|copy| is_block(&copy.source) && is_block(&copy.destination));
+        if !holds {
+            return Err("its plan does not fit this rank".into());
+        }
+        let num_rows = plan.num_logits_rows();
+        let row_fits = |row: &OwnedRow| {
+            (row.logits_row() as usize) < num_rows && row.token_ids().all(|id| (id as usize) < vocab_size)
+        };
+        if step.rows.iter().all(row_fits) {
+            Ok(())
+        } else {
+            Err("a sampling row does not fit the step".into())
+        }
+    }
+
     fn step(
         &mut self,
         step: &Step,
@@ -152,6 +192,7 @@ impl Compute<'_> {
         if digest != step.digest {
             return Err(format!("its plan's digest is {digest:x}, the leader's {:x}", step.digest));
         }
+        self.check(step, live.kv.config().num_blocks)?;
         #[cfg(debug_assertions)]
         faults::before_step(step.plan.step);
         prepare(&step.plan, batch);
@@ -160,10 +201,6 @@ impl Compute<'_> {
         let logits = logits.map_err(|error| error.to_string())?;
         let forward = start.elapsed();
         let rows: Vec<_> = step.rows.iter().map(OwnedRow::borrow).collect();
-        let in_range = |row: &OwnedRow| (row.logits_row() as usize) < step.plan.num_logits_rows();
-        if !step.rows.iter().all(in_range) {
-            return Err("a sampling row is outside of the step".into());
-        }
         let rows = sampler.sample(&self.cpu, logits, &rows);
         Ok(Answer { step: step.plan.step, forward, rows })
     }

@@ -212,6 +212,8 @@ impl GroupExecutor {
         loop {
             if self.leader.state() != State::Ready || self.leader.epoch() != epoch {
                 let message = self.leader.last_break().unwrap_or("the group broke").to_owned();
+                // Whoever learns from the engine that it waits shall find the reason here.
+                self.publish();
                 return Err(ExecutorError { message, kind: ExecutorErrorKind::GroupLost });
             }
             if let Some(answer) = self.leader.take_answer(plan.step) {

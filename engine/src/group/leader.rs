@@ -27,6 +27,8 @@ pub(crate) const SILENCE: Duration = Duration::from_millis(2500);
 const GREETING: Duration = Duration::from_secs(5);
 /// How long ranks may take to connect to each other.
 const FORMING: Duration = Duration::from_secs(30);
+/// Epochs begin at most so often: what ends one at once may end the next one, too.
+const REST: Duration = Duration::from_secs(1);
 /// How long a rank may take to give up a step; longer than its own watchdog, which ends a process that hangs.
 const GIVING_UP: Duration = Duration::from_secs(15);
 /// How long running requests hold up a rank that wants to leave.
@@ -89,6 +91,8 @@ pub(crate) struct Leader {
     /// Fixed when the group first forms: the engine's block manager counts on it.
     num_blocks: Option<u64>,
     next_heartbeat: Instant,
+    /// When the next epoch may begin.
+    rest_until: Instant,
     answer: Option<Answer>,
     counters: Counters,
     /// Why the last epoch ended.
@@ -145,6 +149,7 @@ impl Leader {
             absences: vec!["has not called".to_owned(); size],
             num_blocks: None,
             next_heartbeat: now,
+            rest_until: now,
             answer: None,
             counters: Counters::default(),
             last_break: None,
@@ -335,6 +340,7 @@ impl Leader {
                 out,
             );
         }
+        self.form_if_whole(now, out);
         if now >= self.next_heartbeat {
             self.next_heartbeat = now + HEARTBEAT;
             self.send_news(out);
@@ -494,9 +500,11 @@ impl Leader {
         let ready = |member: &Option<Member>| {
             member.as_ref().is_some_and(|m| m.loaded.is_some() && m.idle && m.leaving.is_none())
         };
-        if self.state != State::Joining || !self.members.iter().all(ready) {
+        let rests = now < self.rest_until;
+        if rests || self.state != State::Joining || !self.members.iter().all(ready) {
             return;
         }
+        self.rest_until = now + REST;
         let members = || self.members.iter().flatten();
         let highest = members().map(|member| member.last_epoch).max().unwrap_or(0);
         let room = members().filter_map(|member| Some(member.loaded?.max_blocks)).min().unwrap_or(0);

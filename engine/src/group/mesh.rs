@@ -73,6 +73,11 @@ impl Mesh {
         Ok(Self { rank, incarnation, key, calls, acceptor })
     }
 
+    /// Which life of this rank it connects.
+    pub(crate) fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
     /// The port that it listens on.
     pub(crate) fn port(&self) -> u16 {
         self.acceptor.address().port()

@@ -137,6 +137,8 @@ fn run_shard(
         cpu: shard.cpu,
         model: shard.model,
         kv_dtype: shard.kv_dtype,
+        max_tokens: shard.max_tokens,
+        max_logits_rows: shard.max_logits_rows,
         mesh,
         aborts: &driver.aborts,
     };

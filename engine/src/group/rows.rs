@@ -44,6 +44,21 @@ impl OwnedRow {
         SampleRow { logits_row: self.logits_row, kind, logprobs: self.logprobs.map(|top| top as usize) }
     }
 
+    /// Every token that it names.
+    pub(crate) fn token_ids(&self) -> impl Iterator<Item = u32> {
+        let (target, draw) = match &self.kind {
+            OwnedKind::Score { target } => (Some(*target), None),
+            OwnedKind::Sample(draw) => (None, Some(draw)),
+        };
+        let of_draw = draw.into_iter().flat_map(|draw| {
+            let used = draw.used_tokens.iter().map(|used| used.token);
+            let biased = draw.logit_bias.iter().map(|(token, _)| *token);
+            let listed = draw.allowed_token_ids.iter().flatten().chain(&draw.banned_token_ids).copied();
+            used.chain(biased).chain(listed)
+        });
+        target.into_iter().chain(of_draw)
+    }
+
     /// Which row of logits it is about.
     pub(crate) fn logits_row(&self) -> u32 {
         self.logits_row
@@ -147,6 +162,12 @@ pub(super) mod tests {
             row(OwnedKind::Sample(Box::new(free)), None),
             row(OwnedKind::Score { target: 8 }, Some(0)),
         ]
+    }
+
+    #[test]
+    fn every_token_of_a_row_is_named() {
+        let all: Vec<Vec<u32>> = some_rows().iter().map(|row| row.token_ids().collect()).collect();
+        assert_eq!(all, [vec![3, 1, 2, 1, 2, 3, 9], vec![1, 2, 9], vec![8]]);
     }
 
     #[test]

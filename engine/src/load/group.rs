@@ -51,6 +51,9 @@ pub(crate) struct LoadedShard {
     pub(crate) cpu: Cpu,
     pub(crate) model: Llama,
     pub(crate) kv_dtype: KvDType,
+    /// Most tokens, and most rows of logits, of one step.
+    pub(crate) max_tokens: usize,
+    pub(crate) max_logits_rows: usize,
     /// KV blocks that there is memory for.
     pub(crate) max_blocks: u64,
     /// Whether the machine has a core for every worker of every rank on it.
@@ -131,7 +134,8 @@ impl Inspected {
         let free_bytes = machine::memory_available_bytes() / local_ranks.max(1) as u64;
         let max_blocks = plan::capacity(model.config(), kv_dtype, options, free_bytes);
         let has_own_cores = threads * local_ranks <= cores;
-        Ok(LoadedShard { cpu, model, kv_dtype, max_blocks, has_own_cores })
+        let LlamaOptions { max_tokens, max_logits_rows, .. } = llama_options;
+        Ok(LoadedShard { cpu, model, kv_dtype, max_tokens, max_logits_rows, max_blocks, has_own_cores })
     }
 
     /// Begins to take ranks; needs no weights. `status` is kept up to date from now on.

@@ -136,7 +136,10 @@ impl Pod {
             let ip = if group.is_local() { Ipv4Addr::LOCALHOST.into() } else { config.host };
             let listener = listen(config, "master-port", SocketAddr::new(ip, group.master_port))?;
             port = (group.master_port == 0).then(|| address(&listener).map(|at| at.port())).transpose()?;
-            let leader_http = format!("{}:{}", group.leader_host, config.port);
+            let host = &group.leader_host;
+            let is_bare_v6 = host.contains(':') && !host.starts_with('[');
+            let host = if is_bare_v6 { format!("[{host}]") } else { host.clone() };
+            let leader_http = format!("{host}:{}", config.port);
             lead = Some((listener, status.clone(), leader_http));
         }
         let ranks = Ranks::start(arguments, group.gpus_per_pod, port)?;
