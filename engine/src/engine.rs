@@ -247,7 +247,7 @@ impl Engine {
     fn run_step(&mut self, begin: Instant) -> bool {
         let requests = &self.requests;
         let has_room = |key: &SequenceKey| requests[&key.serial].outlet.has_room();
-        let mut schedule = self.scheduler.schedule(self.group.admits(), has_room);
+        let mut schedule = self.scheduler.schedule(has_room);
         if schedule.keys.is_empty() {
             self.note_nothing_to_resume();
             return schedule.preempted;

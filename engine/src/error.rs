@@ -72,6 +72,11 @@ impl RequestFailure {
         let message = format!("the group of ranks was not whole again within {} s", timeout.as_secs_f64());
         Self { code: 503, message, retryable: true }
     }
+
+    pub(crate) fn drained_without_group() -> Self {
+        let message = "the worker is shutting down and its group of ranks is not whole".into();
+        Self { code: 503, message, retryable: true }
+    }
 }
 
 impl From<RowError> for RequestFailure {

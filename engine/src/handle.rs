@@ -72,17 +72,18 @@ impl EngineHandle {
     /// Takes a request or says why not; never blocks.
     pub fn submit(&self, request: Request) -> Result<RequestStream, SubmitError> {
         // A drain may have ended in a stop; it is the drain that clients shall hear of.
-        if self.shared.draining.load(Ordering::SeqCst) {
+        if self.shared.is_draining() {
             return Err(SubmitError::Draining);
         }
         if self.state() != EngineState::Running {
             return Err(SubmitError::Stopped);
         }
+        request.validate(&self.shared.config)?;
+        let ticket = Ticket::take(&self.shared, request.held_bytes()).ok_or(SubmitError::QueueFull)?;
+        // After the ticket is taken: whoever has stopped admission and then counts finds every request that got in.
         if !self.shared.admits.load(Ordering::SeqCst) {
             return Err(SubmitError::NotReady);
         }
-        request.validate(&self.shared.config)?;
-        let ticket = Ticket::take(&self.shared, request.held_bytes()).ok_or(SubmitError::QueueFull)?;
 
         let seed = request.params.seed.unwrap_or_else(|| self.shared.environment.seeds.draw());
         let serial = self.shared.submitted.fetch_add(1, Ordering::SeqCst);
@@ -100,7 +101,7 @@ impl EngineHandle {
     /// Whether a request would be looked at now: the engine runs, is not draining, and its executor is ready
     /// and admits requests. Says nothing of the queue's bounds.
     pub fn is_accepting(&self) -> bool {
-        !self.shared.draining.load(Ordering::SeqCst)
+        !self.shared.is_draining()
             && self.state() == EngineState::Running
             && self.shared.admits.load(Ordering::SeqCst)
     }
@@ -299,9 +300,18 @@ impl Shared {
         self.tick();
     }
 
-    /// A submission that has passed the check already waits like the others.
+    /// A submission that has passed the check already counts as in flight.
     pub(crate) fn set_admits(&self, admits: bool) {
         self.admits.store(admits, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::SeqCst)
+    }
+
+    /// Requests that were taken and have not ended, those too that the step thread has not received yet.
+    pub(crate) fn requests_in_flight(&self) -> usize {
+        self.requests_in_flight.load(Ordering::SeqCst)
     }
 
     pub(crate) fn tick(&self) {

@@ -84,9 +84,8 @@ impl Scheduler {
         self.sequences.insert(sequence.key, sequence);
     }
 
-    /// Decides the next step. `is_ready` says whether a request's reader has room for what the step brings;
-    /// unless `admits`, waiting sequences stay where they are.
-    pub(crate) fn schedule(&mut self, admits: bool, is_ready: impl Fn(&SequenceKey) -> bool) -> Schedule {
+    /// Decides the next step. `is_ready` says whether a request's reader has room for what the step brings.
+    pub(crate) fn schedule(&mut self, is_ready: impl Fn(&SequenceKey) -> bool) -> Schedule {
         let (active, paused): (Vec<_>, Vec<_>) = self.running.iter().copied().partition(|key| is_ready(key));
         let num_decodes = active.iter().filter(|key| self.sequences[*key].is_decoding()).count();
         let mut pass = Pass {
@@ -103,7 +102,7 @@ impl Scheduler {
                 self.plan(key, 1, false, &mut pass);
             }
         }
-        let admits = admits && !pass.schedule.preempted;
+        let admits = !pass.schedule.preempted;
         self.share_prompt_budget(prompts, admits, is_ready, &mut pass);
         let mut schedule = pass.schedule;
         schedule.plan.block_size = self.limits.block_size as u32;

@@ -14,8 +14,10 @@ pub enum Weather {
     Fine,
     /// Nothing arrives; what was sent comes when the weather is fine again, as after a partition.
     Partition,
+    /// What is said to the calling side does not arrive; what it says does.
+    Deaf,
     /// What the calling side says does not arrive; what is said to it does.
-    OneWay,
+    Mute,
     /// Everything arrives a fifth of a second late.
     Slow,
     /// Connections end for the accepting side, and the calling side is not told.
@@ -74,7 +76,7 @@ fn carry(mut from: &TcpStream, mut to: &TcpStream, weather: &AtomicU8, from_call
             }
             return;
         }
-        if is(Weather::Partition) || is(Weather::OneWay) && from_caller {
+        if is(Weather::Partition) || is(Weather::Mute) && from_caller || is(Weather::Deaf) && !from_caller {
             thread::sleep(Duration::from_millis(10));
             continue;
         }

@@ -12,6 +12,7 @@ use std::time::Instant;
 use super::Engine;
 use crate::error::RequestFailure;
 use crate::executor::ExecutorStatus;
+use crate::request_state::RequestState;
 use crate::scheduler::Schedule;
 
 /// What the executor last said of its group.
@@ -52,7 +53,7 @@ impl Group {
         matches!(self.phase, Phase::Ready { .. })
     }
 
-    /// Whether a waiting sequence may be taken in.
+    /// Whether new requests are taken.
     pub(super) fn admits(&self) -> bool {
         self.phase == Phase::Ready { admits: true }
     }
@@ -61,7 +62,7 @@ impl Group {
 impl Engine {
     /// Asks how the executor is, and draws the consequences.
     pub(super) fn poll_executor(&mut self) {
-        match self.executor.poll(self.scheduler.num_running_requests()) {
+        match self.executor.poll(self.shared.requests_in_flight()) {
             ExecutorStatus::Ready { epoch, admits } => self.be_ready(epoch, admits),
             ExecutorStatus::Waiting { reason } => self.wait_for_group(&reason),
             ExecutorStatus::Failed { reason } => {
@@ -114,19 +115,26 @@ impl Engine {
         self.group.phase = Phase::Waiting;
     }
 
-    /// Ends requests that have waited for the group as long as any may.
+    /// Ends requests that have waited for the group as long as any may. While the worker drains, those that have given nothing
+    /// yet do not wait: another worker can answer them from the start.
     fn fail_overdue(&mut self) {
-        if self.group.outage.is_none() || self.group.admits() {
+        if self.group.is_ready() {
             return;
         }
         let now = self.shared.environment.clock.now();
         let timeout = self.shared.config.recovery_timeout;
-        let is_overdue = |since: Instant| now.saturating_duration_since(since) >= timeout;
-        let overdue: Vec<u64> = (self.requests.values())
-            .filter(|request| request.stranded_since.is_some_and(is_overdue))
-            .map(|request| request.serial)
+        let is_draining = self.shared.is_draining();
+        let failure_of = |request: &RequestState| {
+            let since = request.stranded_since?;
+            if now.saturating_duration_since(since) >= timeout {
+                return Some(RequestFailure::not_recovered(timeout));
+            }
+            (is_draining && !request.has_output()).then(RequestFailure::drained_without_group)
+        };
+        let failures: Vec<(u64, RequestFailure)> = (self.requests.values())
+            .filter_map(|request| Some((request.serial, failure_of(request)?)))
             .collect();
-        overdue.into_iter().for_each(|serial| self.fail(serial, RequestFailure::not_recovered(timeout)));
+        failures.into_iter().for_each(|(serial, failure)| self.fail(serial, failure));
     }
 
     /// A step has run: its interrupted requests go on.
@@ -142,10 +150,7 @@ impl Engine {
 
     /// Steps can run, and there is none to be run.
     pub(super) fn note_nothing_to_resume(&mut self) {
-        // Whoever is not taken in still waits for the group.
-        if self.group.admits() || self.requests.is_empty() {
-            self.end_outage();
-        }
+        self.end_outage();
     }
 
     fn end_outage(&mut self) {

@@ -20,9 +20,9 @@ pub trait Executor: Send {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError>;
 
     /// How the executor is. Called before every step, and at least ten times a second while nothing runs;
-    /// must not wait. `running`: requests that hold blocks. When `admits` is false and nothing runs any more,
-    /// the group can pause.
-    fn poll(&mut self, _running: usize) -> ExecutorStatus {
+    /// must not wait. `in_flight`: requests that were taken and have not ended. When the last answer did not
+    /// admit any, and none is left, the group can pause.
+    fn poll(&mut self, _in_flight: usize) -> ExecutorStatus {
         ExecutorStatus::Ready { epoch: 0, admits: true }
     }
 
@@ -41,8 +41,8 @@ pub enum ExecutorStatus {
     Ready {
         /// Names the KV memory: when it changes, nothing computed before exists any more.
         epoch: u64,
-        /// False while the group wants running requests to end before it pauses, because a rank is about to
-        /// leave: running sequences go on, waiting ones are not taken in, new requests are refused.
+        /// False while the group wants requests to end before it pauses, because a rank is about to leave: those
+        /// that were taken go on, new ones are refused.
         admits: bool,
     },
     /// No step can run until the group is whole again, with another epoch. The reason is for logs and

@@ -50,6 +50,8 @@ pub(crate) struct GroupExecutor {
     scout: Scout,
     pace: Pace,
     status: GroupStatus,
+    /// The engine was told to take no new requests.
+    has_asked_for_rest: bool,
     actions: Vec<Action>,
     /// Ends with this value.
     _acceptor: Acceptor,
@@ -79,6 +81,7 @@ impl GroupExecutor {
             scout,
             pace: Pace::default(),
             status,
+            has_asked_for_rest: false,
             actions: Vec::new(),
             _acceptor: acceptor,
         };
@@ -270,14 +273,18 @@ impl Executor for GroupExecutor {
         Ok(StepOutput { rows: answer.rows, forward: answer.forward })
     }
 
-    fn poll(&mut self, running: usize) -> ExecutorStatus {
+    fn poll(&mut self, in_flight: usize) -> ExecutorStatus {
         self.turn();
-        self.leader.release_leaving(Instant::now(), running, &mut self.actions);
-        self.act();
+        // Until the engine knows, one more request may get in after it has counted.
+        if self.has_asked_for_rest || self.leader.state() != State::Ready {
+            self.leader.release_leaving(Instant::now(), in_flight, &mut self.actions);
+            self.act();
+        }
+        self.has_asked_for_rest = self.leader.wants_rest();
         self.publish();
         match self.leader.state() {
             State::Ready => {
-                ExecutorStatus::Ready { epoch: self.leader.epoch(), admits: !self.leader.wants_rest() }
+                ExecutorStatus::Ready { epoch: self.leader.epoch(), admits: !self.has_asked_for_rest }
             }
             _ => ExecutorStatus::Waiting { reason: self.missing().join("; ") },
         }

@@ -31,7 +31,7 @@ const FORMING: Duration = Duration::from_secs(30);
 const REST: Duration = Duration::from_secs(1);
 /// How long a rank may take to give up a step; longer than its own watchdog, which ends a process that hangs.
 const GIVING_UP: Duration = Duration::from_secs(15);
-/// How long running requests hold up a rank that wants to leave.
+/// How long requests hold up a rank that wants to leave.
 const LEAVING: Duration = Duration::from_secs(110);
 /// Connections that have not said who they are; more are turned away.
 const MAX_STRANGERS: usize = 64;
@@ -347,12 +347,12 @@ impl Leader {
         }
     }
 
-    /// Lets leaving ranks go if nothing holds them up: `num_running` requests hold KV.
-    pub(crate) fn release_leaving(&mut self, now: Instant, num_running: usize, out: &mut Vec<Action>) {
+    /// Lets leaving ranks go if nothing holds them up: `in_flight` requests have not ended.
+    pub(crate) fn release_leaving(&mut self, now: Instant, in_flight: usize, out: &mut Vec<Action>) {
         let oldest = self.members.iter().flatten().filter_map(|member| member.leaving).min();
         let Some(oldest) = oldest else { return };
         let waited = now.saturating_duration_since(oldest);
-        if self.state == State::Ready && num_running > 0 && waited < LEAVING {
+        if self.state == State::Ready && in_flight > 0 && waited < LEAVING {
             return;
         }
         let leaving =

@@ -34,7 +34,7 @@ fn add(scheduler: &mut Scheduler, priority: i32, serial: u64, prompt_len: usize)
 /// Runs one step in which every sequence that reaches its end draws a token; (serial, query tokens) of the
 /// plan.
 fn step_with(scheduler: &mut Scheduler, is_ready: impl Fn(&SequenceKey) -> bool) -> Vec<(u64, usize)> {
-    let schedule = scheduler.schedule(true, is_ready);
+    let schedule = scheduler.schedule(is_ready);
     scheduler.blocks_mut().finish_step();
     for (key, planned) in schedule.keys.iter().zip(&schedule.plan.sequences) {
         scheduler.commit(key, planned.token_ids.len());
@@ -162,7 +162,7 @@ fn forked_choices_share_full_blocks_and_copy_the_partial_one() {
     for choice in [1, 2] {
         scheduler.fork(&key, choice);
     }
-    let schedule = scheduler.schedule(true, |_| true);
+    let schedule = scheduler.schedule(|_| true);
     let tables: Vec<&Vec<u32>> = schedule.plan.sequences.iter().map(|s| &s.block_table).collect();
     assert!(tables.iter().all(|table| table[0] == tables[0][0]));
     let mut second: Vec<u32> = tables.iter().map(|table| table[1]).collect();
@@ -189,26 +189,6 @@ fn all_choices_of_a_prompt_need_a_place() {
 }
 
 #[test]
-fn without_admission_what_runs_goes_on_and_what_waits_stays() {
-    let mut scheduler = scheduler(16, 8, 10);
-    add(&mut scheduler, 1, 0, 9);
-    assert_eq!(step(&mut scheduler), [(0, 9)]);
-    add(&mut scheduler, 1, 1, 12);
-    assert_eq!(step(&mut scheduler), [(0, 1), (1, 9)]);
-    // Of a better priority, and one that a paused one would make way for.
-    add(&mut scheduler, 0, 2, 3);
-    for is_ready in [|_: &SequenceKey| true, |key: &SequenceKey| key.serial != 0] {
-        let schedule = scheduler.schedule(false, is_ready);
-        assert!(schedule.keys.iter().all(|key| key.serial < 2) && !schedule.preempted);
-        assert!(schedule.keys.iter().any(|key| key.serial == 1));
-    }
-    assert_eq!(step(&mut scheduler)[0], (0, 1));
-    assert!(
-        !scheduler.get(&SequenceKey { priority: 0, serial: 2, choice: 0 }).unwrap().block_table.is_empty()
-    );
-}
-
-#[test]
 fn new_memory_sends_everyone_back_with_all_their_tokens() {
     let mut scheduler = scheduler(16, 8, 100);
     let key = add(&mut scheduler, 0, 0, 6);
@@ -218,7 +198,7 @@ fn new_memory_sends_everyone_back_with_all_their_tokens() {
     add(&mut scheduler, 0, 1, 5);
     step(&mut scheduler);
     // A plan with a copy in it is void, too.
-    scheduler.schedule(true, |_| true);
+    scheduler.schedule(|_| true);
     scheduler.reset();
     scheduler.check_integrity().unwrap();
     assert_eq!((scheduler.num_running_requests(), scheduler.num_preemptions()), (0, 0));

@@ -229,9 +229,9 @@ impl Executor for FakeExecutor {
         Ok(StepOutput { rows: answers, ..StepOutput::default() })
     }
 
-    fn poll(&mut self, running: usize) -> ExecutorStatus {
+    fn poll(&mut self, in_flight: usize) -> ExecutorStatus {
         let epoch = self.group.epoch();
-        let status = self.group.poll(running, &self.faults.group);
+        let status = self.group.poll(in_flight, &self.faults.group);
         if self.group.epoch() != epoch {
             // The new memory is full of what looks like the KV of others.
             self.slots.rotate_left(self.config.block_size);

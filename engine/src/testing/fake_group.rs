@@ -18,7 +18,7 @@ pub(crate) struct GroupFaults {
     pub(crate) failed: AtomicBool,
     pub(crate) polls: AtomicU64,
     /// What the last poll was told.
-    pub(crate) running: AtomicU64,
+    pub(crate) in_flight: AtomicU64,
     pub(crate) breaks: AtomicU64,
     /// Requests that drew a token before a break and were in a step after it, once per break.
     pub(crate) resumes: AtomicU64,
@@ -103,9 +103,9 @@ impl FakeGroup {
         self.with_output.extend(drew);
     }
 
-    pub(crate) fn poll(&mut self, running: usize, faults: &GroupFaults) -> ExecutorStatus {
+    pub(crate) fn poll(&mut self, in_flight: usize, faults: &GroupFaults) -> ExecutorStatus {
         faults.polls.fetch_add(1, Ordering::Relaxed);
-        faults.running.store(running as u64, Ordering::Relaxed);
+        faults.in_flight.store(in_flight as u64, Ordering::Relaxed);
         if faults.failed.load(Ordering::Relaxed) {
             return ExecutorStatus::Failed { reason: "told to".into() };
         }

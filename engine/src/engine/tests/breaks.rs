@@ -284,52 +284,60 @@ fn a_group_that_breaks_again_before_a_step_is_one_wait() {
 }
 
 #[test]
-fn before_a_rank_leaves_what_runs_ends_and_nobody_is_taken_in() {
+fn before_a_rank_leaves_what_was_taken_ends_and_nothing_new_is_taken() {
     let mut bench = Bench::new(EngineConfig { max_num_seqs: 2, ..config() });
-    let mut running: Vec<Client> = (0..2).map(|i| bench.submit(request(i, 10, 4 + i as usize))).collect();
-    let mut waiting = bench.submit(request(5, 10, 5));
+    let mut clients: Vec<Client> = (0..3).map(|i| bench.submit(request(i, 10, 4 + i as usize))).collect();
     bench.step();
     bench.faults.group.leaving.store(true, Ordering::Relaxed);
     bench.step();
     assert_eq!(bench.refusal(request(6, 10, 5)), SubmitError::NotReady);
     assert!(!bench.handle.is_accepting() && !bench.handle.snapshot().recovering);
-    assert_eq!(bench.faults.group.running.load(Ordering::Relaxed), 2);
-    bench.finish(&mut running.iter_mut().collect::<Vec<_>>());
+    let told = |bench: &Bench| bench.faults.group.in_flight.load(Ordering::Relaxed);
+    assert_eq!((told(&bench), bench.handle.snapshot().waiting), (3, 1));
+    bench.finish(&mut clients.iter_mut().collect::<Vec<_>>());
     assert_eq!(bench.step(), StepStatus::Idle);
-    assert_eq!(bench.faults.group.running.load(Ordering::Relaxed), 0, "now the rank can go");
+    assert_eq!(told(&bench), 0, "now the rank can go");
+    clients.iter().for_each(|client| client.check(&PLAIN));
     let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.completed(), snapshot.waiting, snapshot.group_breaks), (2, 1, 0));
-
-    bench.lose_group();
-    bench.faults.group.leaving.store(false, Ordering::Relaxed);
-    bench.heal();
-    bench.finish(&mut [&mut waiting]);
-    running.iter().chain([&waiting]).for_each(|client| client.check(&PLAIN));
+    assert_eq!((snapshot.completed(), snapshot.waiting, snapshot.group_breaks), (3, 0, 0));
     // A rank that changes its mind is no break.
-    bench.faults.group.leaving.store(true, Ordering::Relaxed);
-    bench.step();
     bench.faults.group.leaving.store(false, Ordering::Relaxed);
     bench.step();
     assert!(bench.handle.is_accepting());
-    assert_eq!(bench.handle.snapshot().group_breaks, 1);
+    assert_eq!(bench.handle.snapshot().group_breaks, 0);
 }
 
 #[test]
-fn a_group_that_comes_back_without_admitting_anyone_does_not_stop_the_clock() {
-    let timeout = Duration::from_secs(5);
-    let mut bench = Bench::new(EngineConfig { recovery_timeout: timeout, ..config() });
-    let mut client = bench.submit(request(1, 10, 20));
-    bench.steps(3);
+fn a_refused_request_is_not_counted_as_in_flight() {
+    let mut bench = Bench::new(config());
     bench.faults.group.leaving.store(true, Ordering::Relaxed);
-    bench.break_group(Moment::BetweenSteps, 0);
-    assert_eq!(bench.step(), StepStatus::Idle);
-    assert!(bench.handle.snapshot().recovering);
-    bench.clock.advance(timeout);
     bench.step();
-    client.read();
-    assert!(matches!(&client.outcome, Outcome::Failed(RequestFailure { code: 503, .. })));
+    assert_eq!(bench.refusal(request(1, 10, 5)), SubmitError::NotReady);
     bench.step();
-    assert!(!bench.handle.snapshot().recovering, "nobody waits any more");
+    assert_eq!(bench.faults.group.in_flight.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_drain_without_a_group_keeps_only_streams_that_have_begun() {
+    let mut bench = Bench::new(EngineConfig { max_num_seqs: 1, ..config() });
+    let mut running = bench.submit(request(1, 10, 20));
+    let mut queued = bench.submit(request(2, 10, 20));
+    bench.steps(3);
+    bench.lose_group();
+    bench.step();
+    [&mut running, &mut queued].into_iter().for_each(|client| client.read());
+    assert!(running.is_open() && queued.is_open());
+    bench.handle.begin_drain();
+    bench.step();
+    [&mut running, &mut queued].into_iter().for_each(|client| client.read());
+    assert!(running.is_open());
+    let Outcome::Failed(RequestFailure { code: 503, retryable: true, message }) = &queued.outcome else {
+        panic!("{:?}", queued.outcome);
+    };
+    assert!(message.contains("shutting down"), "{message}");
+    bench.heal();
+    bench.finish(&mut [&mut running]);
+    running.check(&PLAIN);
 }
 
 #[test]
