@@ -259,13 +259,15 @@ pub enum AttentionPrecision {
 
 named_enum!(
     /// Instruction set class of the CPU backend; part of the numeric class.
-    Isa, "instruction set", "scalar, avx2, avx512", {
+    Isa, "instruction set", "scalar, avx2, avx512, amx", {
         /// Plain Rust; on every machine.
         Scalar = "scalar",
         /// AVX2, FMA and F16C.
         Avx2 = "avx2",
         /// AVX-512 F, BW, VL, DQ, BF16 and VNNI, or not at all.
         Avx512 = "avx512",
+        /// The same with AMX (BF16) for linear layers of bf16 weights.
+        Amx = "amx",
     }
 );
 
@@ -313,7 +315,7 @@ mod tests {
 
     #[test]
     fn names_parse_back() {
-        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
+        for isa in Isa::ALL {
             assert_eq!(isa.name().parse(), Ok(isa));
         }
         assert!("sse9".parse::<Isa>().is_err());

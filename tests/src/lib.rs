@@ -32,8 +32,7 @@ pub fn default_model() -> PathBuf {
 /// # Panics
 /// If one is missing where `TANDEM_TEST_ALL_ISAS` is set: on a machine that was chosen for having all of them.
 pub fn instruction_sets() -> Vec<Isa> {
-    let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
-    let (available, missing): (Vec<Isa>, Vec<Isa>) = all.into_iter().partition(|isa| isa.is_available());
+    let (available, missing): (Vec<Isa>, Vec<Isa>) = Isa::ALL.into_iter().partition(|isa| isa.is_available());
     assert!(
         missing.is_empty() || std::env::var_os("TANDEM_TEST_ALL_ISAS").is_none(),
         "this machine has no {missing:?}"

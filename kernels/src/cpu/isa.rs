@@ -1,4 +1,4 @@
-//! Which instructions this machine has, proven by a value that only detection can make.
+//! Which instructions this machine has, proven by values that only detection can make.
 
 use crate::{Isa, KernelError};
 
@@ -7,9 +7,21 @@ use crate::{Isa, KernelError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Detected(Isa);
 
+/// The right to use AMX: it is there, and the system lets this process have its registers.
+#[derive(Clone, Copy)]
+pub(crate) struct MatrixUnit(());
+
 impl Detected {
     pub(crate) const fn isa(self) -> Isa {
         self.0
+    }
+
+    /// The matrix unit, if it belongs to the class.
+    pub(crate) const fn matrix_unit(self) -> Option<MatrixUnit> {
+        match self.0 {
+            Isa::Amx => Some(MatrixUnit(())),
+            _ => None,
+        }
     }
 }
 
@@ -27,6 +39,9 @@ pub(crate) fn best() -> Detected {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512bf16")
             && is_x86_feature_detected!("avx512vnni");
+        if avx512 && has_matrix_unit() {
+            return Detected(Isa::Amx);
+        }
         if avx512 {
             return Detected(Isa::Avx512);
         }
@@ -37,13 +52,43 @@ pub(crate) fn best() -> Detected {
     Detected(Isa::Scalar)
 }
 
+/// Whether the CPU has AMX with bf16, in tiles of 16 rows of 64 bytes, and the system gives this process its registers. They
+/// are large, so Linux saves them only for processes that have asked.
+#[cfg(target_arch = "x86_64")]
+fn has_matrix_unit() -> bool {
+    use std::arch::x86_64::{__cpuid_count, __get_cpuid_max};
+    use std::sync::OnceLock;
+
+    const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        if __get_cpuid_max(0).0 < 0x1d {
+            return false;
+        }
+        let features = __cpuid_count(7, 0).edx;
+        let (has_bf16, has_tiles) = (features >> 22 & 1 == 1, features >> 24 & 1 == 1);
+        if !has_bf16 || !has_tiles {
+            return false;
+        }
+        let palette = __cpuid_count(0x1d, 1);
+        let (bytes_per_row, tiles, rows) = (palette.ebx & 0xffff, palette.ebx >> 16, palette.ecx & 0xffff);
+        if bytes_per_row != 64 || tiles < 8 || rows < 16 {
+            return false;
+        }
+        // SAFETY: the call asks for a permission and touches no memory of ours.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    })
+}
+
 /// Proof for a class that was asked for by name.
 ///
 /// # Errors
 /// `UnsupportedIsa` if the machine lacks it.
 pub(crate) fn require(isa: Isa) -> Result<Detected, KernelError> {
     let supported = best().isa();
-    // The classes are nested: avx512 asks for everything that avx2 does.
+    // The classes are nested: each asks for everything that the one before it does.
     if (isa as u8) <= (supported as u8) {
         return Ok(Detected(isa));
     }
@@ -51,6 +96,9 @@ pub(crate) fn require(isa: Isa) -> Result<Detected, KernelError> {
 }
 
 impl Isa {
+    /// All classes, from the plainest to the widest.
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx];
+
     /// Whether this machine can run the backend in this class.
     pub fn is_available(self) -> bool {
         require(self).is_ok()
@@ -64,7 +112,7 @@ mod tests {
     #[test]
     fn every_narrower_class_is_supported() {
         let supported = best().isa() as u8;
-        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
+        for isa in Isa::ALL {
             match require(isa) {
                 Ok(detected) => assert!(detected.isa() == isa && isa as u8 <= supported),
                 Err(KernelError::UnsupportedIsa { isa: asked, .. }) => {

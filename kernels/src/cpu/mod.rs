@@ -154,7 +154,7 @@ pub(crate) mod testing {
     use super::*;
 
     pub(crate) fn backends(threads: usize) -> Vec<Cpu> {
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512]
+        Isa::ALL
             .into_iter()
             .filter(|&isa| isa::require(isa).is_ok())
             .map(|isa| Cpu::new(CpuOptions { isa: Some(isa), threads: Some(threads) }).unwrap())

@@ -5,7 +5,7 @@
 //! | format | layout of a panel | from |
 //! |---|---|---|
 //! | f32 | `[K][16]` f32 | float files and block formats, f32 activations |
-//! | bf16 | `[K/2][16][2]` bf16 | float files, bf16 activations |
+//! | bf16 | `[K/2][16][2]` bf16, K padded to 32 | float files, bf16 activations |
 //! | int4 | `[K/32][4][16][4]` bytes, then `[K/32]` × (16 f16 `d`, 16 f16 `m` if any) | Q4_0, Q4_1 |
 //! | int8 | `[K/32][8][16][4]` bytes (weight + 128), then scales as above | Q8_0 |
 //!
@@ -176,6 +176,12 @@ impl Format {
         }
     }
 
+    /// Steps in a panel of `cols` values of K. Those of bf16 are padded with zeros to whole operands of a matrix unit.
+    const fn steps(self, cols: usize) -> usize {
+        let values = if matches!(self, Self::Bf16) { cols.next_multiple_of(GROUP) } else { cols };
+        values.div_ceil(self.step_len())
+    }
+
     /// Bytes of one step, without scales.
     pub(crate) const fn step_bytes(self) -> usize {
         match self {
@@ -274,7 +280,7 @@ impl Linear {
 
     /// Steps along K in a panel.
     pub(crate) const fn steps(&self) -> usize {
-        self.in_features.div_ceil(self.format.step_len())
+        self.format.steps(self.in_features)
     }
 }
 
@@ -314,7 +320,7 @@ impl Cpu {
         let (format, activations) = choose(parts, spec.activations);
         let order = packed_order(parts, spec.layout);
         let panels = order.len() / LANES;
-        let steps = in_features.div_ceil(format.step_len());
+        let steps = format.steps(in_features);
         let scales_offset = steps * format.step_bytes();
         let panel_bytes = (scales_offset + steps * format.scale_bytes()).next_multiple_of(64);
         let bytes = panels.checked_mul(panel_bytes).ok_or(KernelError::OutOfMemory { bytes: usize::MAX })?;

@@ -215,6 +215,7 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
         },
         isa: match config.isa {
             Isa::Auto => None,
+            Isa::Amx => Some(tandem_engine::Isa::Amx),
             Isa::Avx512 => Some(tandem_engine::Isa::Avx512),
             Isa::Avx2 => Some(tandem_engine::Isa::Avx2),
             Isa::Scalar => Some(tandem_engine::Isa::Scalar),

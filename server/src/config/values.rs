@@ -68,6 +68,8 @@ pub enum KvCacheDtype {
 pub enum Isa {
     /// The widest that this CPU has.
     Auto,
+    /// AVX-512 with BF16 and VNNI, and AMX with BF16.
+    Amx,
     /// AVX-512 with BF16 and VNNI.
     Avx512,
     /// AVX2 with FMA and F16C.

@@ -5,9 +5,12 @@
 //! them once for many rows was slower on every ISA, for a vector of nibbles costs three operations beside the two
 //! dot products per row that it feeds, and half the bytes come out of L2.
 //!
-//! Every output element is the same sequence of operations in all of these cases (see [`tile`]).
+//! Every output element is the same sequence of operations in all of these cases (see [`tile`]). Where there is a matrix unit,
+//! it does all of bf16 (see [`matrix`]).
 
 mod epilogue;
+#[cfg(target_arch = "x86_64")]
+mod matrix;
 mod tile;
 
 use std::ops::Range;
@@ -18,7 +21,7 @@ use tile::{Ahead, TILE_STRIDE, TileArgs, TileFn, TileKind, Weights, tile_fn};
 
 use super::activation::{GROUP, RowWriter, View};
 use super::buffer::SharedMut;
-use super::isa::Detected;
+use super::isa::{Detected, MatrixUnit};
 use super::pack::{Format, LANES};
 use super::simd::{Simd, dispatch};
 use super::{Activation, Buffer, Layout, Linear, Scratch, Team};
@@ -162,6 +165,8 @@ struct Job<'a> {
     rows: usize,
     output: Output,
     kind: TileKind,
+    /// What computes instead of the kernels of `kind`.
+    matrix_unit: Option<MatrixUnit>,
     shape: Shape,
     /// Panels that are finished together: a pair, or the two pairs that fill one group of a gated output.
     unit_panels: usize,
@@ -172,9 +177,10 @@ impl<'a> Job<'a> {
         assert_eq!(x.cols(), weights.in_features(), "input of a linear layer");
         assert_eq!(x.class(), weights.activations(), "activation class of a linear layer");
         let kind = tile_kind(weights);
+        let matrix_unit = isa.matrix_unit().filter(|_| kind.weights == Weights::Bf16);
         let shape = tile_shape(isa.isa(), kind.weights);
         let unit_panels = if matches!(output, Output::Gated(_)) { 4 } else { 2 };
-        Self { isa, weights, x: x.view(), rows: x.rows(), output, kind, shape, unit_panels }
+        Self { isa, weights, x: x.view(), rows: x.rows(), output, kind, matrix_unit, shape, unit_panels }
     }
 
     /// Computes `rows` of one unit.
@@ -193,12 +199,19 @@ impl<'a> Job<'a> {
         for start in rows.clone().step_by(row_block) {
             let rows = start..rows.end.min(start + row_block);
             let stride = rows.len() * TILE_STRIDE;
-            let tiling = Tiling::new(self, rows.clone(), panels.min(2));
+            let tiling = match self.matrix_unit {
+                None => Some(Tiling::new(self, rows.clone(), panels.min(2))),
+                Some(_) => None,
+            };
             for pair in 0..panels.div_ceil(2) {
                 // An odd panel at the end is a pair of its own, and then the only one.
                 for segment in 0..segments {
                     let out = partials.add((pair * segments + segment) * stride);
-                    self.tiles(&tiling, first_panel + 2 * pair, segment, out);
+                    let first_panel = first_panel + 2 * pair;
+                    match &tiling {
+                        Some(tiling) => self.tiles(tiling, first_panel, segment, out),
+                        None => self.matrix_tiles(&rows, first_panel, panels.min(2), segment, out),
+                    }
                 }
             }
             self.finish(first_panel, panels, &rows, partials, stride);
@@ -258,6 +271,50 @@ impl<'a> Job<'a> {
             }
             row += tiling.height + tall;
         }
+    }
+
+    /// The same on the matrix unit.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn matrix_tiles(
+        &self,
+        rows: &Range<usize>,
+        first_panel: usize,
+        panels: usize,
+        segment: usize,
+        out: *mut f32,
+    ) {
+        let unit = self.matrix_unit.expect("asked for only where there is one");
+        let format = self.weights.format;
+        let count = self.weights.segments().count();
+        let steps = self.weights.steps() / count;
+        let segment_bytes = steps * format.step_bytes();
+        let panel = |panel: usize| {
+            self.weights
+                .data
+                .as_ptr()
+                .add((first_panel + panel) * self.weights.panel_bytes + segment * segment_bytes)
+        };
+        // The pair of panels that follows, or what follows in this one.
+        let ahead = if segment + 1 < count {
+            segment_bytes
+        } else {
+            2 * self.weights.panel_bytes - segment * segment_bytes
+        };
+        let block = matrix::Block {
+            weights: [panel(0), panel(panels - 1)],
+            x: self.x.values.add(rows.start * self.x.row_bytes + segment * steps * 4),
+            row_bytes: self.x.row_bytes,
+            rows: rows.len(),
+            operands: steps / matrix::STEPS,
+            ahead,
+            out,
+        };
+        matrix::multiply(unit, &block);
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    unsafe fn matrix_tiles(&self, _: &Range<usize>, _: usize, _: usize, _: usize, _: *mut f32) {
+        unreachable!("no matrix unit was detected");
     }
 
     unsafe fn finish(
@@ -384,7 +441,9 @@ fn tile_shape(isa: Isa, weights: Weights) -> Shape {
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => of::<super::simd::Avx512>(weights),
+        Isa::Amx if weights == Weights::Bf16 => Shape { rows: matrix::ROWS, panels: 2 },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => of::<super::simd::Avx512>(weights),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => of::<super::simd::Avx2>(weights),
         _ => of::<super::simd::Scalar>(weights),

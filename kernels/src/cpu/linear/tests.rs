@@ -168,6 +168,35 @@ fn a_row_does_not_depend_on_its_batch() {
     }
 }
 
+/// What the module of the matrix unit says of its rounding.
+#[test]
+fn the_matrix_unit_adds_even_and_odd_products_apart() {
+    let mut random = Random::new(28);
+    let (n, k) = (40, 100);
+    let bytes = random_matrix(&mut random, DType::Bf16, n, k);
+    let matrix = Matrix::new(DType::Bf16, n, k, &bytes).unwrap();
+    let rows = dequantize(&matrix);
+    let x = random.vec(50 * k);
+    for cpu in backends(1).into_iter().filter(|cpu| cpu.isa() == Isa::Amx) {
+        let weights = cpu.pack_linear(&[Part::new(matrix)], &spec(Activations::Bf16, 1)).unwrap();
+        let got = multiply(&cpu, &weights, &x);
+        for (t, x) in x.chunks(k).enumerate() {
+            let x = rounded(x, Activations::Bf16);
+            for (row, w) in rows.iter().enumerate() {
+                let mut sum = 0.0f32;
+                for (x, w) in x.chunks(32).zip(w.chunks(32)) {
+                    let chain = |first: usize| {
+                        let pairs = x.iter().zip(w).skip(first).step_by(2);
+                        pairs.fold(0.0f32, |sum, (x, w)| x.mul_add(*w, sum))
+                    };
+                    sum += chain(0) + chain(1);
+                }
+                assert_eq!(got[t * n + row], sum, "[{t},{row}]");
+            }
+        }
+    }
+}
+
 /// A K beyond what the caches hold of a panel, and more rows than one block of partial sums.
 #[test]
 fn long_inputs_match_too() {

@@ -152,7 +152,7 @@ pub(crate) trait Kernel {
 pub(crate) unsafe fn dispatch<K: Kernel>(isa: Detected, kernel: K) -> K::Output {
     match isa.isa() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => avx512::enter(kernel),
+        Isa::Avx512 | Isa::Amx => avx512::enter(kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::enter(kernel),
         _ => scalar::enter(kernel),
