@@ -1,9 +1,11 @@
 //! Loops that reach the machine's limits with the instructions of the kernels: register tiles without scales or
-//! conversions, on operands in the L1 cache, and a streaming read.
+//! conversions and a matrix unit, on operands in the L1 cache, and a streaming read.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+#[cfg(target_arch = "x86_64")]
+use super::linear::saturate_matrix_unit;
 use super::simd::{Kernel, Simd, dispatch};
 use super::{Bytes, Cpu};
 
@@ -24,6 +26,8 @@ pub(crate) fn measure_peak(cpu: &Cpu, peak: Peak, iterations: usize) -> f64 {
         let done = unsafe {
             match peak {
                 Peak::F32 => dispatch(isa, PeakLoop::<F32> { iterations }),
+                #[cfg(target_arch = "x86_64")]
+                Peak::Bf16 if let Some(unit) = isa.matrix_unit() => saturate_matrix_unit(unit, iterations),
                 Peak::Bf16 => dispatch(isa, PeakLoop::<BF16> { iterations }),
                 Peak::Int8 => dispatch(isa, PeakLoop::<INT8> { iterations }),
             }

@@ -76,6 +76,28 @@ pub(super) unsafe fn multiply(unit: MatrixUnit, block: &Block) {
     release(unit);
 }
 
+/// Keeps the unit busy with operands that stay in the L1 cache; returns the multiplications and additions done.
+pub(crate) fn saturate(unit: MatrixUnit, iterations: usize) -> usize {
+    const OPERANDS: usize = 8;
+    let (weights, x) = ([0u8; 2 * OPERANDS * OPERAND], [0u8; ROWS * OPERANDS * LINE]);
+    let mut out = [0.0f32; ROWS * TILE_STRIDE];
+    for _ in 0..iterations {
+        let block = Block {
+            weights: [weights.as_ptr(), weights[OPERANDS * OPERAND..].as_ptr()],
+            x: x.as_ptr(),
+            row_bytes: OPERANDS * LINE,
+            rows: ROWS,
+            operands: OPERANDS,
+            ahead: 0,
+            out: out.as_mut_ptr(),
+        };
+        // SAFETY: the arrays have these sizes.
+        unsafe { multiply(unit, &block) };
+    }
+    std::hint::black_box(&out);
+    iterations * 2 * ROWS * 2 * SIDE * OPERANDS * 2 * STEPS
+}
+
 /// Rows of the operands of activations and of the sums: of up to two row operands.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Shape {

@@ -17,6 +17,8 @@ use std::ops::Range;
 
 pub use epilogue::Epilogue;
 use epilogue::{Finish, FinishGated, Reduce};
+#[cfg(target_arch = "x86_64")]
+pub(super) use matrix::saturate as saturate_matrix_unit;
 use tile::{Ahead, TILE_STRIDE, TileArgs, TileFn, TileKind, Weights, tile_fn};
 
 use super::activation::{GROUP, RowWriter, View};
@@ -33,6 +35,9 @@ const _: () = assert!(PARTIAL_BYTES <= Scratch::PER_WORKER);
 
 /// Prefetching further ahead would push what is needed first out of the L1 cache.
 const MAX_AHEAD: usize = 32 * 1024;
+
+/// How far few rows on a matrix unit fetch ahead.
+const MATRIX_AHEAD: usize = 4096;
 
 impl Team<'_> {
     /// `out` [T, N] = (or +=) x · Wᵀ + bias.
@@ -294,8 +299,11 @@ impl<'a> Job<'a> {
                 .as_ptr()
                 .add((first_panel + panel) * self.weights.panel_bytes + segment * segment_bytes)
         };
-        // The pair of panels that follows, or what follows in this one.
-        let ahead = if segment + 1 < count {
+        // Many rows fetch the pair of panels that follows, or what follows in this one; few are bound by memory and stay on its
+        // streams.
+        let ahead = if rows.len() <= matrix::ROWS {
+            MATRIX_AHEAD
+        } else if segment + 1 < count {
             segment_bytes
         } else {
             2 * self.weights.panel_bytes - segment * segment_bytes
