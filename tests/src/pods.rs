@@ -34,9 +34,10 @@ impl Pods {
         let key = std::env::temp_dir().join(format!("tandem-key-{}-{}", std::process::id(), free_port()));
         std::fs::write(&key, "the secret of a test's group")
             .expect("the folder for temporary files is writable");
+        let usual = ["--threads", "1", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64MiB"];
         let mut all = vec![model.display().to_string()];
-        let fixed = ["--threads", "1", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64MiB"];
-        all.extend(fixed.iter().chain(arguments).map(ToString::to_string));
+        all.extend(usual.map(ToString::to_string));
+        replace_flags(&mut all, arguments);
         let environment = environment.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
         Self {
             pods: (0..size).map(|_| None).collect(),
@@ -69,20 +70,15 @@ impl Pods {
             ("--group-key-file", self.key.display().to_string()),
         ];
         let mut all: Vec<String> = self.arguments.clone();
+        if arguments.contains(&"--model") {
+            all.remove(0);
+        }
         for (flag, value) in place {
             if !arguments.contains(&flag) {
                 all.extend([flag.to_owned(), value]);
             }
         }
-        all.retain({
-            let mut skip = false;
-            move |argument| {
-                let dropped = std::mem::take(&mut skip) || arguments.contains(&argument.as_str());
-                skip = arguments.contains(&argument.as_str());
-                !dropped
-            }
-        });
-        all.extend(arguments.iter().map(ToString::to_string));
+        replace_flags(&mut all, arguments);
         let all: Vec<&str> = all.iter().map(String::as_str).collect();
         Server::spawn_with(&all, &self.environment)
     }
@@ -123,6 +119,17 @@ impl Pods {
         drop(pod);
         ranks.into_iter().for_each(|rank| kill("KILL", rank));
     }
+}
+
+/// Adds flags and their values in place of those of the same name.
+fn replace_flags(all: &mut Vec<String>, new: &[&str]) {
+    let mut is_value_of_old = false;
+    all.retain(|argument| {
+        let is_old = new.contains(&argument.as_str());
+        let is_dropped = std::mem::replace(&mut is_value_of_old, is_old) || is_old;
+        !is_dropped
+    });
+    all.extend(new.iter().map(ToString::to_string));
 }
 
 impl Drop for Pods {

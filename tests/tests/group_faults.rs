@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tandem_tests::default_model;
 use tandem_tests::pods::{
     Pods, Streamed, assert_same, children, insist, kill, requests, stream, stream_all, wait_for,
 };
 use tandem_tests::proxy::{Proxy, Weather};
 use tandem_tests::server::Server;
+use tandem_tests::{default_model, golden_path};
 
 const TOKENS: usize = 40;
 
@@ -286,6 +286,31 @@ fn strangers_are_refused_with_both_sides_named() {
     double.signal("TERM");
     assert!(double.wait(short).success());
     let _ = std::fs::remove_file(wrong_key);
+}
+
+#[test]
+fn a_rank_of_another_model_or_size_is_refused() {
+    let _turn = turn();
+    let model = golden_path("tiny-tp8");
+    let other = golden_path("tiny-mha-f16");
+    let pods = Pods::prepare(&model, 2, &["--max-model-len", "64"], &[]);
+    let leader = pods.spawn(0, &[]);
+    let cases: [(&[&str], &[&str]); 2] = [
+        (
+            &["--tensor-parallel-size", "4", "--nnodes", "4"],
+            &["tensor-parallel-size", "has 4", "the leader 2"],
+        ),
+        (&["--model", other.to_str().expect("UTF-8")], &["model: "]),
+    ];
+    for (arguments, expected) in cases {
+        let stranger = pods.spawn(1, arguments);
+        wait_for("both sides tell the reason", || {
+            let (leader, own) = (leader.peek("/readyz"), stranger.peek("/readyz"));
+            expected.iter().all(|part| leader.contains(part) && own.contains(part))
+        });
+    }
+    let _right = pods.spawn(1, &[]);
+    assert!(leader.becomes_ready(), "{}", leader.output());
 }
 
 #[test]

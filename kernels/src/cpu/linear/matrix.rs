@@ -46,14 +46,14 @@ pub(super) struct Block {
 /// The pointers of the block cover its rows and operands.
 pub(super) unsafe fn multiply(unit: MatrixUnit, block: &Block) {
     let tiles = block.rows.div_ceil(ROWS);
-    let mut shape = Shape::default();
+    let mut configured = [0; 2];
     for tile in 0..tiles {
         let first = tile * ROWS;
         let rows = (block.rows - first).min(ROWS);
-        let wanted = Shape::new([rows.min(SIDE), rows.saturating_sub(SIDE)]);
-        if wanted.rows != shape.rows {
-            shape = wanted;
-            configure(unit, &shape);
+        let operand_rows = [rows.min(SIDE), rows.saturating_sub(SIDE)];
+        if configured != operand_rows {
+            configured = operand_rows;
+            configure(unit, operand_rows);
         }
         let walk = Walk {
             weights: block.weights,
@@ -98,40 +98,23 @@ pub(crate) fn saturate(unit: MatrixUnit, iterations: usize) -> usize {
     iterations * 2 * ROWS * 2 * SIDE * OPERANDS * 2 * STEPS
 }
 
-/// Rows of the operands of activations and of the sums: of up to two row operands.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-struct Shape {
-    rows: [usize; 2],
-}
-
-impl Shape {
-    const fn new(rows: [usize; 2]) -> Self {
-        Self { rows }
-    }
-
-    /// What `ldtilecfg` reads: tiles 0–1 and 2–3 are the sums of the first and the second operand of rows, 4 and 5 these
-    /// operands, 6 and 7 the weights of two panels.
-    fn encode(&self) -> Palette {
-        let [first, second] = self.rows.map(|rows| rows.max(1) as u8);
-        let side = SIDE as u8;
-        let mut palette = Palette([0; 64]);
-        palette.0[0] = 1;
-        for (tile, rows) in [first, first, second, second, first, second, side, side].into_iter().enumerate()
-        {
-            palette.0[16 + 2 * tile] = LINE as u8;
-            palette.0[48 + tile] = rows;
-        }
-        palette
-    }
-}
-
+/// What `ldtilecfg` reads.
 #[repr(align(64))]
 struct Palette([u8; 64]);
 
-/// Sets the unit up for this thread.
+/// Sets the unit up for this thread, with these rows in the two operands of activations: tiles 0–1 and 2–3 are the sums of
+/// the one and the other, 4 and 5 these operands, 6 and 7 the weights of two panels.
 #[inline(always)]
-unsafe fn configure(_: MatrixUnit, shape: &Shape) {
-    let palette = shape.encode();
+unsafe fn configure(_: MatrixUnit, operand_rows: [usize; 2]) {
+    // A tile that is not used needs a row all the same.
+    let [first, second] = operand_rows.map(|rows| rows.max(1) as u8);
+    let all = SIDE as u8;
+    let mut palette = Palette([0; 64]);
+    palette.0[0] = 1;
+    for (tile, rows) in [first, first, second, second, first, second, all, all].into_iter().enumerate() {
+        palette.0[16 + 2 * tile] = LINE as u8;
+        palette.0[48 + tile] = rows;
+    }
     asm!("ldtilecfg [{}]", in(reg) &raw const palette, options(readonly, nostack, preserves_flags));
 }
 
