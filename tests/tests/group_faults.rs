@@ -120,27 +120,29 @@ fn a_stopped_rank_is_missed_and_comes_back() {
 #[test]
 fn a_pod_that_is_lost_is_replaced_by_its_ordinal() {
     let _turn = turn();
-    let mut pods = group();
-    let port = pods.leader().port;
-    let answers = thread::scope(|scope| {
-        let streams = scope.spawn(move || stream_all(port, &requests(TOKENS), 1, || ()));
-        wait_for("streams run", || pods.leader().metric("llm_requests_running") >= 1.0);
-        pods.kill_pod(2);
-        wait_for("the leader misses it", || {
-            let report = pods.leader().get("/readyz");
-            report.status == 503 && report.body.contains("ordinal 2")
+    for _ in 0..runs() {
+        let mut pods = group();
+        let port = pods.leader().port;
+        let answers = thread::scope(|scope| {
+            let streams = scope.spawn(move || stream_all(port, &requests(TOKENS), 1, || ()));
+            wait_for("streams run", || pods.leader().metric("llm_requests_running") >= 1.0);
+            pods.kill_pod(2);
+            wait_for("the leader misses it", || {
+                let report = pods.leader().get("/readyz");
+                report.status == 503 && report.body.contains("ordinal 2")
+            });
+            let refused = stream(port, &requests(4)[0], |_| ());
+            assert!(
+                refused.error.is_some_and(|error| error["code"] == 503),
+                "new requests are refused meanwhile"
+            );
+            pods.start_pod(2, &[]);
+            streams.join().expect("the streams do not panic")
         });
-        let refused = stream(port, &requests(4)[0], |_| ());
-        assert!(
-            refused.error.is_some_and(|error| error["code"] == 503),
-            "new requests are refused meanwhile"
-        );
-        pods.start_pod(2, &[]);
-        streams.join().expect("the streams do not panic")
-    });
-    assert_same(&answers, expected());
-    pods.wait_until_ready();
-    assert_ledger(pods.leader());
+        assert_same(&answers, expected());
+        pods.wait_until_ready();
+        assert_ledger(pods.leader());
+    }
 }
 
 #[test]
@@ -170,15 +172,17 @@ fn a_lost_leader_ends_its_streams_openly_and_a_new_one_finds_its_ranks() {
 #[test]
 fn a_rank_that_hangs_in_a_step_is_replaced_although_its_heart_beats() {
     let _turn = turn();
-    let flag = std::env::temp_dir().join(format!("tandem-hang-{}", std::process::id()));
-    let environment =
-        [("TANDEM_TEST_HANG_AT_STEP", "20"), ("TANDEM_TEST_HANG_ONCE", flag.to_str().expect("UTF-8"))];
-    std::fs::write(&flag, "").expect("the folder for temporary files is writable");
-    let pods = Pods::prepare(&default_model(), 3, &[], &environment).start_all();
-    survive(&pods, || ());
-    assert!(!flag.exists(), "a rank hung");
-    let breaks = pods.leader().output();
-    assert!(breaks.contains("was not done in"), "{breaks}");
+    for _ in 0..runs() {
+        let flag = std::env::temp_dir().join(format!("tandem-hang-{}", std::process::id()));
+        let environment =
+            [("TANDEM_TEST_HANG_AT_STEP", "20"), ("TANDEM_TEST_HANG_ONCE", flag.to_str().expect("UTF-8"))];
+        std::fs::write(&flag, "").expect("the folder for temporary files is writable");
+        let pods = Pods::prepare(&default_model(), 3, &[], &environment).start_all();
+        survive(&pods, || ());
+        assert!(!flag.exists(), "a rank hung");
+        let breaks = pods.leader().output();
+        assert!(breaks.contains("was not done in"), "{breaks}");
+    }
 }
 
 /// A network that parts, delays, loses one direction, or ends a connection for one side only: streams go on when it heals, under
@@ -256,107 +260,115 @@ fn restarts_of_the_whole_group_lose_nothing() {
 #[test]
 fn strangers_are_refused_with_both_sides_named() {
     let _turn = turn();
-    let mut pods = group();
-    let short = Duration::from_secs(60);
-    let wrong_key = std::env::temp_dir().join(format!("tandem-other-key-{}", std::process::id()));
-    std::fs::write(&wrong_key, "the secret of another group").expect("a file");
-    pods.kill_pod(1);
-    wait_for("the group is broken", || pods.leader().get("/readyz").status == 503);
-    let cases: [(&[&str], &[&str]); 4] = [
-        (&["--kv-cache-dtype", "f32"], &["kv-cache-dtype", "f32", "bf16"]),
-        (&["--max-num-batched-tokens", "128"], &["max-num-batched-tokens", "128", "512"]),
-        (&["--isa", "scalar"], &["isa", "scalar"]),
-        (&["--group-key-file", wrong_key.to_str().expect("UTF-8")], &["key"]),
-    ];
-    for (arguments, expected) in cases {
-        let stranger = pods.spawn(1, arguments);
-        wait_for("both sides tell the reason", || {
-            let (leader, own) = (pods.leader().get("/readyz").body, stranger.peek("/readyz"));
-            expected.iter().all(|part| leader.contains(part) && own.contains(part))
-        });
-        assert_eq!(pods.leader().get("/readyz").status, 503);
+    for _ in 0..runs() {
+        let mut pods = group();
+        let short = Duration::from_secs(60);
+        let wrong_key = std::env::temp_dir().join(format!("tandem-other-key-{}", std::process::id()));
+        std::fs::write(&wrong_key, "the secret of another group").expect("a file");
+        pods.kill_pod(1);
+        wait_for("the group is broken", || pods.leader().get("/readyz").status == 503);
+        let cases: [(&[&str], &[&str]); 4] = [
+            (&["--kv-cache-dtype", "f32"], &["kv-cache-dtype", "f32", "bf16"]),
+            (&["--max-num-batched-tokens", "128"], &["max-num-batched-tokens", "128", "512"]),
+            (&["--isa", "scalar"], &["isa", "scalar"]),
+            (&["--group-key-file", wrong_key.to_str().expect("UTF-8")], &["key"]),
+        ];
+        for (arguments, expected) in cases {
+            let stranger = pods.spawn(1, arguments);
+            wait_for("both sides tell the reason", || {
+                let (leader, own) = (pods.leader().get("/readyz").body, stranger.peek("/readyz"));
+                expected.iter().all(|part| leader.contains(part) && own.contains(part))
+            });
+            assert_eq!(pods.leader().get("/readyz").status, 503);
+        }
+        // The right one still gets in, and a second one of the same ordinal does not.
+        pods.start_pod(1, &[]);
+        pods.wait_until_ready();
+        let mut double = pods.spawn(1, &[]);
+        wait_for("the double is told", || double.peek("/readyz").contains("is taken by"));
+        assert_eq!(pods.leader().get("/readyz").status, 200, "the group does not notice");
+        assert_same(&stream_all(pods.leader().port, &requests(TOKENS), 1, || ()), expected());
+        double.signal("TERM");
+        assert!(double.wait(short).success());
+        let _ = std::fs::remove_file(wrong_key);
     }
-    // The right one still gets in, and a second one of the same ordinal does not.
-    pods.start_pod(1, &[]);
-    pods.wait_until_ready();
-    let mut double = pods.spawn(1, &[]);
-    wait_for("the double is told", || double.peek("/readyz").contains("is taken by"));
-    assert_eq!(pods.leader().get("/readyz").status, 200, "the group does not notice");
-    assert_same(&stream_all(pods.leader().port, &requests(TOKENS), 1, || ()), expected());
-    double.signal("TERM");
-    assert!(double.wait(short).success());
-    let _ = std::fs::remove_file(wrong_key);
 }
 
 #[test]
 fn a_rank_of_another_model_or_size_is_refused() {
     let _turn = turn();
-    let model = golden_path("tiny-tp8");
-    let other = golden_path("tiny-mha-f16");
-    let pods = Pods::prepare(&model, 2, &["--max-model-len", "64"], &[]);
-    let leader = pods.spawn(0, &[]);
-    let cases: [(&[&str], &[&str]); 2] = [
-        (
-            &["--tensor-parallel-size", "4", "--nnodes", "4"],
-            &["tensor-parallel-size", "has 4", "the leader 2"],
-        ),
-        (&["--model", other.to_str().expect("UTF-8")], &["model: "]),
-    ];
-    for (arguments, expected) in cases {
-        let stranger = pods.spawn(1, arguments);
-        wait_for("both sides tell the reason", || {
-            let (leader, own) = (leader.peek("/readyz"), stranger.peek("/readyz"));
-            expected.iter().all(|part| leader.contains(part) && own.contains(part))
-        });
+    for _ in 0..runs() {
+        let model = golden_path("tiny-tp8");
+        let other = golden_path("tiny-mha-f16");
+        let pods = Pods::prepare(&model, 2, &["--max-model-len", "64"], &[]);
+        let leader = pods.spawn(0, &[]);
+        let cases: [(&[&str], &[&str]); 2] = [
+            (
+                &["--tensor-parallel-size", "4", "--nnodes", "4"],
+                &["tensor-parallel-size", "has 4", "the leader 2"],
+            ),
+            (&["--model", other.to_str().expect("UTF-8")], &["model: "]),
+        ];
+        for (arguments, expected) in cases {
+            let stranger = pods.spawn(1, arguments);
+            wait_for("both sides tell the reason", || {
+                let (leader, own) = (leader.peek("/readyz"), stranger.peek("/readyz"));
+                expected.iter().all(|part| leader.contains(part) && own.contains(part))
+            });
+        }
+        let _right = pods.spawn(1, &[]);
+        assert!(leader.becomes_ready(), "{}", leader.output());
     }
-    let _right = pods.spawn(1, &[]);
-    assert!(leader.becomes_ready(), "{}", leader.output());
 }
 
 #[test]
 fn a_group_that_is_never_whole_says_who_is_missing() {
     let _turn = turn();
-    let pods = Pods::prepare(&default_model(), 3, &[], &[]);
-    let mut leader = pods.spawn(0, &["--join-timeout", "8"]);
-    let lonely = pods.spawn(1, &[]);
-    wait_for("it tells who is missing", || {
-        let report = leader.peek("/readyz");
-        report.contains("ordinal 2") && !report.contains("ordinal 1")
-    });
-    assert_eq!(leader.get("/readyz").status, 503);
-    wait_for("loads are over", || {
-        [&leader, &lonely].iter().all(|pod| pod.peek("/startupz").contains("started"))
-    });
-    assert!(!leader.wait(Duration::from_secs(30)).success());
-    assert!(leader.output().contains("ordinal 2 has not called"), "{}", leader.output());
+    for _ in 0..runs() {
+        let pods = Pods::prepare(&default_model(), 3, &[], &[]);
+        let mut leader = pods.spawn(0, &["--join-timeout", "8"]);
+        let lonely = pods.spawn(1, &[]);
+        wait_for("it tells who is missing", || {
+            let report = leader.peek("/readyz");
+            report.contains("ordinal 2") && !report.contains("ordinal 1")
+        });
+        assert_eq!(leader.get("/readyz").status, 503);
+        wait_for("loads are over", || {
+            [&leader, &lonely].iter().all(|pod| pod.peek("/startupz").contains("started"))
+        });
+        assert!(!leader.wait(Duration::from_secs(30)).success());
+        assert!(leader.output().contains("ordinal 2 has not called"), "{}", leader.output());
+    }
 }
 
 #[test]
 fn a_pod_that_is_told_to_stop_leaves_between_two_steps() {
     let _turn = turn();
-    let mut pods = group();
-    // Idle: it goes at once.
-    let mut leaving = pods.pods[2].take().expect("it runs");
-    leaving.signal("TERM");
-    assert!(leaving.wait(Duration::from_secs(20)).success());
-    wait_for("the group waits for it", || pods.leader().get("/readyz").body.contains("ordinal 2"));
-    pods.start_pod(2, &[]);
-    pods.wait_until_ready();
-    // Busy: what runs is finished first, and nothing fails.
-    let answers = stream_all(pods.leader().port, &requests(TOKENS), 3, || pods.pod(1).signal("TERM"));
-    assert_same(&answers, expected());
-    let mut leaving = pods.pods[1].take().expect("it runs");
-    assert!(leaving.wait(Duration::from_secs(60)).success());
-    assert_ledger(pods.leader());
-    pods.start_pod(1, &[]);
-    pods.wait_until_ready();
-    // All at once, as when a StatefulSet is deleted: the leader finishes what runs, the others stay for it.
-    let answers = stream_all(pods.leader().port, &requests(TOKENS), 3, || {
-        (0..3).for_each(|pod| pods.pod(pod).signal("TERM"));
-    });
-    assert_same(&answers, expected());
-    for pod in &mut pods.pods {
-        assert!(pod.as_mut().expect("it runs").wait(Duration::from_secs(60)).success());
+    for _ in 0..runs() {
+        let mut pods = group();
+        // Idle: it goes at once.
+        let mut leaving = pods.pods[2].take().expect("it runs");
+        leaving.signal("TERM");
+        assert!(leaving.wait(Duration::from_secs(20)).success());
+        wait_for("the group waits for it", || pods.leader().get("/readyz").body.contains("ordinal 2"));
+        pods.start_pod(2, &[]);
+        pods.wait_until_ready();
+        // Busy: what runs is finished first, and nothing fails.
+        let answers = stream_all(pods.leader().port, &requests(TOKENS), 3, || pods.pod(1).signal("TERM"));
+        assert_same(&answers, expected());
+        let mut leaving = pods.pods[1].take().expect("it runs");
+        assert!(leaving.wait(Duration::from_secs(60)).success());
+        assert_ledger(pods.leader());
+        pods.start_pod(1, &[]);
+        pods.wait_until_ready();
+        // All at once, as when a StatefulSet is deleted: the leader finishes what runs, the others stay for it.
+        let answers = stream_all(pods.leader().port, &requests(TOKENS), 3, || {
+            (0..3).for_each(|pod| pods.pod(pod).signal("TERM"));
+        });
+        assert_same(&answers, expected());
+        for pod in &mut pods.pods {
+            assert!(pod.as_mut().expect("it runs").wait(Duration::from_secs(60)).success());
+        }
     }
 }
 
