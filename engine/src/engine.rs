@@ -297,8 +297,9 @@ impl Engine {
         self.fail_bad_rows(schedule, &targets, &output);
         for (key, planned) in schedule.keys.iter().zip(&schedule.plan.sequences) {
             // Failed requests are gone by now.
-            if self.requests.contains_key(&key.serial) {
+            if let Some(request) = self.requests.get_mut(&key.serial) {
                 self.scheduler.commit(key, planned.token_ids.len());
+                request.reach(planned.context_len as usize + planned.token_ids.len());
                 self.touched.push(key.serial);
             }
         }
@@ -411,6 +412,7 @@ impl Engine {
         );
         self.executor.abort();
         if error.kind == ExecutorErrorKind::GroupLost {
+            self.suspect(schedule);
             return self.lose_group();
         }
         // Its requests fail, the others go on.

@@ -29,6 +29,10 @@ pub(crate) struct RequestState {
     pub(crate) prompt_computed: Option<Instant>,
     /// Since when the request waits for an executor that cannot run steps; says nothing while it can.
     pub(crate) stranded_since: Option<Instant>,
+    /// The longest context that was computed for one of its choices.
+    furthest: usize,
+    /// The group broke in a step with it, and it has not got any further since.
+    pub(crate) is_suspect: bool,
     /// A break of the executor's group stopped it between two tokens, and it has not run since.
     pub(crate) is_interrupted: bool,
     pub(crate) ticket: Ticket,
@@ -84,6 +88,8 @@ impl RequestState {
             first_scheduled: None,
             prompt_computed: None,
             stranded_since: None,
+            furthest: 0,
+            is_suspect: false,
             is_interrupted: false,
             ticket,
             banned_at_first,
@@ -102,6 +108,14 @@ impl RequestState {
 
     pub(crate) fn has_output(&self) -> bool {
         self.choices.iter().any(|choice| choice.num_output > 0)
+    }
+
+    /// The first `context_len` tokens of a choice are computed.
+    pub(crate) fn reach(&mut self, context_len: usize) {
+        if context_len > self.furthest {
+            self.furthest = context_len;
+            self.is_suspect = false;
+        }
     }
 
     pub(crate) fn is_finished(&self) -> bool {

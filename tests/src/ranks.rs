@@ -77,6 +77,7 @@ impl Rank {
                 rank,
                 size,
                 local_ranks: size,
+                held_blocks: None,
                 leader: ("127.0.0.1".into(), leader),
                 listener: listener(),
                 key: None,

@@ -4,7 +4,6 @@ use std::io;
 use std::net::SocketAddr;
 
 use crate::codec::DecodeError;
-use crate::frame::MAX_MESSAGE;
 use crate::handshake::Purpose;
 
 /// Everything that can go wrong with a key, a handshake or a link.
@@ -74,11 +73,13 @@ pub enum WireError {
     /// The peer did not take a frame within the write timeout.
     #[error("the peer does not take data in time")]
     Stalled,
-    /// A message longer than [`MAX_MESSAGE`], to be sent or arriving.
-    #[error("a message of at least {len} bytes, the limit is {MAX_MESSAGE}")]
+    /// A message longer than [`MAX_MESSAGE`](crate::MAX_MESSAGE), to be sent or arriving, or than the reader wants any to be.
+    #[error("a message of at least {len} bytes, the limit is {limit}")]
     MessageTooLarge {
         /// Bytes of payload known so far.
         len: usize,
+        /// The most that there may be.
+        limit: usize,
     },
     /// A frame whose length is impossible or past [`MAX_FRAME`](crate::MAX_FRAME).
     #[error("a frame with length {len} is malformed")]

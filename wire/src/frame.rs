@@ -50,8 +50,9 @@ pub(crate) fn frames(
 
 /// Puts messages together from bytes, however these are cut. After an error it must not be used again: where
 /// the next frame begins is unknown.
-#[derive(Default)]
 pub(crate) struct Assembler {
+    /// The longest payload that is taken.
+    limit: usize,
     header: [u8; HEADER],
     /// Bytes of `header` that are there.
     header_len: usize,
@@ -68,7 +69,18 @@ struct Rest {
     more: bool,
 }
 
+impl Default for Assembler {
+    fn default() -> Self {
+        Self { limit: MAX_MESSAGE, header: [0; HEADER], header_len: 0, frame: None, message: None }
+    }
+}
+
 impl Assembler {
+    /// Takes no message with a payload of more than `limit` bytes from now on, nor any of more than [`MAX_MESSAGE`].
+    pub(crate) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit.min(MAX_MESSAGE);
+    }
+
     /// Whether every byte taken belongs to a message that was returned.
     pub(crate) fn is_empty(&self) -> bool {
         self.header_len == 0 && self.frame.is_none() && self.message.is_none()
@@ -114,8 +126,8 @@ impl Assembler {
         }
         // Neither summand is past its own limit, so the sum cannot wrap.
         let len = message.payload.len() + header.payload_len;
-        if len > MAX_MESSAGE {
-            return Err(WireError::MessageTooLarge { len });
+        if len > self.limit {
+            return Err(WireError::MessageTooLarge { len, limit: self.limit });
         }
         self.frame = Some(Rest { payload_left: header.payload_len, more: header.more });
         Ok(())
@@ -315,7 +327,16 @@ mod tests {
         assert_eq!(assembler.message.as_ref().unwrap().payload.capacity(), MAX_MESSAGE);
         // Its header alone is enough.
         let error = assembler.take(&mut &frame(false, 1)[..HEADER]).unwrap_err();
-        assert!(matches!(error, WireError::MessageTooLarge { len } if len == MAX_MESSAGE + 1), "{error}");
+        assert!(
+            matches!(error, WireError::MessageTooLarge { len, limit: MAX_MESSAGE } if len == MAX_MESSAGE + 1),
+            "{error}"
+        );
+
+        let mut strict = Assembler::default();
+        strict.set_limit(9);
+        assert!(strict.take(&mut &frame(false, 9)[..]).unwrap().is_some());
+        let error = strict.take(&mut &frame(true, 10)[..HEADER]).unwrap_err();
+        assert!(matches!(error, WireError::MessageTooLarge { len: 10, limit: 9 }), "{error}");
     }
 
     #[test]

@@ -52,6 +52,12 @@ impl LinkReader {
         self.spin = spin;
     }
 
+    /// Messages with a payload of more than `limit` bytes are refused from the next one on; at first and at most,
+    /// [`MAX_MESSAGE`](crate::MAX_MESSAGE).
+    pub fn set_limit(&mut self, limit: usize) {
+        self.assembler.set_limit(limit);
+    }
+
     /// The next message, or `None` when it is not whole within `timeout`. What has arrived of it is kept: the
     /// next call goes on there. A message that came together with an earlier one costs no system call.
     ///

@@ -46,7 +46,7 @@ impl LinkWriter {
         payload: &[u8],
     ) -> Result<(), WireError> {
         if payload.len() > MAX_MESSAGE {
-            return Err(WireError::MessageTooLarge { len: payload.len() });
+            return Err(WireError::MessageTooLarge { len: payload.len(), limit: MAX_MESSAGE });
         }
         let mut armed = self.armed.lock().expect("nothing panics while a message is written");
         for (header, part) in frames(epoch, sender, kind, payload) {

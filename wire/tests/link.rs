@@ -85,7 +85,7 @@ fn a_long_message_arrives_whole() {
         });
     }
     let error = writer.send(1, SENDER, 2, &vec![0; MAX_MESSAGE + 1]).unwrap_err();
-    assert!(matches!(error, WireError::MessageTooLarge { len } if len == MAX_MESSAGE + 1), "{error}");
+    assert!(matches!(error, WireError::MessageTooLarge { len, .. } if len == MAX_MESSAGE + 1), "{error}");
     // Nothing of it was sent, so the link goes on.
     writer.send(3, SENDER, 4, b"next").unwrap();
     assert_eq!(receive(&mut reader).payload, b"next");

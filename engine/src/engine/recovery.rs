@@ -5,7 +5,8 @@
 //! can run. No request fails for it, unless the group stays away longer than the configuration allows.
 //!
 //! An outage lasts from the notice of a break to the first step after it. The group may be ready and break
-//! again in between; to the requests, that is one wait.
+//! again in between; to the requests, that is one wait. To a request whose own step broke the group the wait goes on until it is
+//! computed further than before: one that breaks every group would otherwise be tried again without end.
 
 use std::time::Instant;
 
@@ -88,11 +89,23 @@ impl Engine {
         let is_new = self.group.outage.is_none();
         self.group.outage.get_or_insert(Outage { since: now, is_break });
         for request in self.requests.values_mut() {
-            if is_new {
+            // What is left of an outage before the last one says nothing, but for those that may have caused both.
+            if is_new && !request.is_suspect {
                 request.stranded_since = Some(now);
             }
             request.stranded_since.get_or_insert(now);
             request.is_interrupted |= request.has_output();
+        }
+    }
+
+    /// The group broke in a step with these requests.
+    pub(super) fn suspect(&mut self, schedule: &Schedule) {
+        let now = self.shared.environment.clock.now();
+        for key in &schedule.keys {
+            let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
+            if !std::mem::replace(&mut request.is_suspect, true) {
+                request.stranded_since = Some(now);
+            }
         }
     }
 

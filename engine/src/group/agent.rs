@@ -77,12 +77,14 @@ pub(crate) enum Done {
 }
 
 /// Why a rank's process ends by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Ending {
     /// It was asked to leave, and may.
     Left,
     /// Its computing thread does not come back.
     Hung,
+    /// The group cannot use it as it is, and why.
+    Unfit(String),
 }
 
 /// How a rank is, for its parent's probes.
@@ -94,8 +96,9 @@ pub struct RankReport {
     pub joined: bool,
     /// It is part of a group that serves.
     pub ready: bool,
-    /// The highest epoch it was part of.
+    /// The highest epoch it was part of, and its KV blocks; 0 for none.
     pub epoch: u64,
+    pub num_blocks: u64,
     /// Why it is not ready, a line for each reason.
     pub reasons: Vec<String>,
     /// Where clients find the leader; empty until a leader has said so.
@@ -356,6 +359,7 @@ impl Agent {
                     return;
                 }
                 (self.epoch, self.last_epoch) = (Some(epoch), epoch);
+                self.report.num_blocks = num_blocks;
                 self.compute(epoch, Job::Form { num_blocks, members }, Phase::Forming, out);
             }
             ToRank::Step(step) if self.epoch == Some(epoch) && self.giving_up.is_none() => {
@@ -372,10 +376,13 @@ impl Agent {
                 self.report.reasons = news.reasons;
             }
             ToRank::Release if self.leaving => out.push(AgentAction::Exit(Ending::Left)),
+            // It has loaded and lacks something, memory for example, that is measured once in the life of a process.
             ToRank::Refuse { reason } => {
                 out.push(AgentAction::Close { link });
                 self.retry = LAST_RETRY;
-                self.lose_leader(now, format!("the leader refused this rank: {reason}"), out);
+                let reason = format!("the leader refused this rank: {reason}");
+                self.lose_leader(now, reason.clone(), out);
+                out.push(AgentAction::Exit(Ending::Unfit(reason)));
             }
             ToRank::Step(_)
             | ToRank::Poison { .. }

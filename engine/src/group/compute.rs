@@ -212,16 +212,19 @@ mod faults {
     use std::thread;
     use std::time::Duration;
 
-    /// `TANDEM_TEST_HANG_AT_STEP` names a step in which the computing thread of every rank that sees it hangs for ever, if the
-    /// file of `TANDEM_TEST_HANG_ONCE` is still there to be removed: a restarted process does not hang again.
+    /// `TANDEM_TEST_HANG_AT_STEP` and `TANDEM_TEST_PANIC_AT_STEP` name a step in which the computing thread of the first rank that
+    /// gets there hangs for ever or panics, if the file of `TANDEM_TEST_FAULT_ONCE` is still there to be removed: a restarted
+    /// process does not do it again.
     pub(super) fn before_step(step: u64) {
         let variable = |name| std::env::var(name).ok();
-        let Some(at) = variable("TANDEM_TEST_HANG_AT_STEP").and_then(|step| step.parse::<u64>().ok()) else {
-            return;
+        let is_due = |name| {
+            let at = variable(name).and_then(|step| step.parse::<u64>().ok());
+            let takes_turn =
+                || variable("TANDEM_TEST_FAULT_ONCE").is_some_and(|file| std::fs::remove_file(file).is_ok());
+            at.is_some_and(|at| step >= at) && takes_turn()
         };
-        let takes_turn =
-            || variable("TANDEM_TEST_HANG_ONCE").is_some_and(|file| std::fs::remove_file(file).is_ok());
-        if step >= at && takes_turn() {
+        assert!(!is_due("TANDEM_TEST_PANIC_AT_STEP"), "a test asked for this");
+        if is_due("TANDEM_TEST_HANG_AT_STEP") {
             loop {
                 thread::sleep(Duration::from_secs(1));
             }

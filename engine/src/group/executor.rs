@@ -5,14 +5,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::TcpListener;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
-use tandem_wire::{GroupKey, Incarnation, LinkReader, LinkWriter, Purpose, wait_any};
+use tandem_wire::{GroupKey, Incarnation, LinkReader, LinkWriter, MAX_MESSAGE, Purpose, wait_any};
 
 use super::acceptor::{Acceptor, Arrival};
 use super::leader::{Action, Leader, LeaderConfig, LinkId, State};
 use super::message::{Answer, Loaded, ToLeader, ToRank, encode_step};
+use super::pace::Pace;
 use super::scout::Scout;
 use super::status::{GroupReport, GroupState, GroupStatus};
 use crate::error::{ExecutorError, ExecutorErrorKind};
@@ -22,13 +23,13 @@ use crate::step_plan::StepPlan;
 
 /// New connections that may wait for the step thread.
 const MAX_ARRIVALS: usize = 64;
+/// How many of them it takes in at once: between two steps there is no time for more.
+const ARRIVALS_OF_TURN: usize = 16;
+/// The longest message of somebody who has not joined yet, and of a rank.
+const MAX_HELLO: usize = 64 * 1024;
+const MAX_ANSWER: usize = 16 << 20;
 /// How long the step thread waits for its connections before it looks at the clock and for new ones.
 const LOOK_UP: Duration = Duration::from_millis(20);
-/// The least that a step may take, and the first one, which finds cold caches.
-const MIN_STEP_DEADLINE: Duration = Duration::from_secs(10);
-const FIRST_STEP_DEADLINE: Duration = Duration::from_secs(120);
-/// A step may take this many times what its tokens took so far.
-const STEP_DEADLINE_FACTOR: u32 = 10;
 /// Rejected connections are told of for this long.
 const REJECTION_SHOWN: Duration = Duration::from_secs(30);
 const MAX_REJECTIONS: usize = 8;
@@ -68,8 +69,15 @@ impl GroupExecutor {
         status: GroupStatus,
     ) -> std::io::Result<Self> {
         let (sender, arrivals) = sync_channel(MAX_ARRIVALS);
-        // The step thread is gone only when the process ends.
-        let take = move |arrival| drop(sender.send(arrival));
+        let take = move |arrival: Arrival| match arrival {
+            // The step thread is gone only when the process ends.
+            Arrival::Link { .. } => drop(sender.send(arrival)),
+            Arrival::Rejected { .. } => {
+                if let Err(TrySendError::Full(Arrival::Rejected { host, .. })) = sender.try_send(arrival) {
+                    tracing::debug!(host, "a rejected connection is not counted: there are too many");
+                }
+            }
+        };
         let acceptor = Acceptor::start(listener, key, Purpose::Control, take)?;
         let executor = Self {
             leader: Leader::new(config, Instant::now()),
@@ -93,6 +101,9 @@ impl GroupExecutor {
     pub(crate) fn wait(&mut self, timeout: Duration) -> bool {
         wait_any(self.links.values().map(|link| &link.reader), timeout.min(LOOK_UP));
         self.turn();
+        // Without an engine there are no requests to wait for.
+        self.leader.release_leaving(Instant::now(), 0, &mut self.actions);
+        self.act();
         self.leader.state() == State::Ready
     }
 
@@ -115,9 +126,8 @@ impl GroupExecutor {
 
     /// Takes in what has come, and does what is due.
     fn turn(&mut self) {
-        while let Ok(arrival) = self.arrivals.try_recv() {
-            self.arrive(arrival);
-        }
+        let arrivals: Vec<Arrival> = self.arrivals.try_iter().take(ARRIVALS_OF_TURN).collect();
+        arrivals.into_iter().for_each(|arrival| self.arrive(arrival));
         self.hear();
         let now = Instant::now();
         self.rejections.retain(|(since, _)| now.duration_since(*since) < REJECTION_SHOWN);
@@ -131,7 +141,8 @@ impl GroupExecutor {
         let now = Instant::now();
         let (host, reason) = match arrival {
             Arrival::Link { link, host } => match link.split() {
-                Ok((reader, writer)) => {
+                Ok((mut reader, writer)) => {
+                    reader.set_limit(MAX_HELLO);
                     self.next_link += 1;
                     self.links.insert(self.next_link, Connection { reader, writer });
                     self.leader.connected(now, self.next_link, host, &mut self.actions);
@@ -141,8 +152,12 @@ impl GroupExecutor {
             },
             Arrival::Rejected { host, reason } => (host, reason),
         };
-        tracing::warn!(host, reason, "a connection to the group was rejected");
+        self.leader.rejected();
         let line = format!("a connection from {host} was rejected: {reason}");
+        // Once for each reason: who tries again and again shall not fill the log.
+        if !self.rejections.iter().any(|(_, old)| *old == line) {
+            tracing::warn!(host, reason, "a connection to the group was rejected");
+        }
         self.rejections.retain(|(_, old)| *old != line);
         self.rejections.truncate(MAX_REJECTIONS - 1);
         self.rejections.push_front((now, line));
@@ -158,6 +173,9 @@ impl GroupExecutor {
                 match read_one(&mut connection.reader) {
                     Ok(None) => break,
                     Ok(Some((from, message))) => {
+                        if matches!(message, ToLeader::Hello(_)) {
+                            connection.reader.set_limit(MAX_ANSWER);
+                        }
                         self.leader.message(now, link, from, message, &mut self.actions);
                     }
                     Err(reason) => {
@@ -224,6 +242,7 @@ impl GroupExecutor {
                 return Ok(answer);
             }
             if start.elapsed() >= deadline {
+                self.pace.overdue(plan.num_tokens(), start.elapsed());
                 self.leader.step_overdue(Instant::now(), plan.step, start.elapsed(), &mut self.actions);
                 self.act();
                 continue;
@@ -267,6 +286,13 @@ impl Executor for GroupExecutor {
         let deadline = self.pace.deadline(plan.num_tokens());
         let (kind, first) = encode_step(plan, rows);
         let (_, others) = encode_step(plan, &[]);
+        if first.len() > MAX_MESSAGE {
+            let message = format!(
+                "a step of {} bytes is more than ranks take, {MAX_MESSAGE}: fewer requests with long lists of tokens at once",
+                first.len()
+            );
+            return Err(ExecutorError { message, kind: ExecutorErrorKind::Step });
+        }
         self.leader.begin_step();
         self.broadcast(kind, &first, &others);
         let answer = self.answer_to(plan, deadline)?;
@@ -309,40 +335,3 @@ fn read_one(reader: &mut LinkReader) -> Result<Option<(Origin, ToLeader)>, Strin
 }
 
 type Origin = (u64, Incarnation);
-
-/// How long steps take, as far as is known.
-#[derive(Default)]
-struct Pace {
-    /// The slowest recent time of a token, forgotten slowly.
-    per_token: Option<Duration>,
-}
-
-impl Pace {
-    fn note(&mut self, num_tokens: usize, took: Duration) {
-        let now = took / num_tokens.max(1) as u32;
-        let before = self.per_token.unwrap_or_default();
-        self.per_token = Some(now.max(before - before / 64));
-    }
-
-    fn deadline(&self, num_tokens: usize) -> Duration {
-        let Some(per_token) = self.per_token else { return FIRST_STEP_DEADLINE };
-        (per_token * num_tokens as u32 * STEP_DEADLINE_FACTOR).max(MIN_STEP_DEADLINE)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_step_has_ten_times_its_time_and_ten_seconds_at_least() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.deadline(1), FIRST_STEP_DEADLINE);
-        pace.note(10, Duration::from_millis(100));
-        assert_eq!(pace.deadline(1), MIN_STEP_DEADLINE);
-        pace.note(1, Duration::from_secs(3));
-        assert_eq!(pace.deadline(2), Duration::from_secs(60));
-        (0..1000).for_each(|_| pace.note(1, Duration::from_millis(1)));
-        assert_eq!(pace.deadline(2), MIN_STEP_DEADLINE);
-    }
-}

@@ -35,6 +35,10 @@ const GIVING_UP: Duration = Duration::from_secs(15);
 const LEAVING: Duration = Duration::from_secs(110);
 /// Connections that have not said who they are; more are turned away.
 const MAX_STRANGERS: usize = 64;
+/// How much of what a peer says goes into logs and answers.
+const MAX_QUOTED: usize = 256;
+/// Epochs of a process that says it has been in more are made up.
+const MAX_EPOCH: u64 = 1 << 62;
 
 /// A connection, numbered by whoever owns the sockets.
 pub(crate) type LinkId = u64;
@@ -237,6 +241,11 @@ impl Leader {
         self.members.iter().enumerate().filter_map(line).collect()
     }
 
+    /// A connection was turned away before it could say anything: it has another key, for example.
+    pub(crate) fn rejected(&mut self) {
+        self.counters.refusals += 1;
+    }
+
     /// A connection was accepted and authenticated; `host` is where it comes from.
     pub(crate) fn connected(&mut self, now: Instant, link: LinkId, host: String, out: &mut Vec<Action>) {
         if self.strangers.len() >= MAX_STRANGERS {
@@ -289,7 +298,7 @@ impl Leader {
                 self.begin_if_formed();
             }
             ToLeader::NotFormed { reason } => {
-                let reason = format!("{} could not join the others: {reason}", self.name(rank));
+                let reason = format!("{} could not join the others: {}", self.name(rank), quoted(&reason));
                 self.end_epoch(now, reason, out);
             }
             ToLeader::Answer(answer) if rank == 0 => {
@@ -298,7 +307,7 @@ impl Leader {
             }
             ToLeader::Answer(_) => self.counters.stale_messages += 1,
             ToLeader::StepFailed { step, reason } => {
-                let reason = format!("{} failed in step {step}: {reason}", self.name(rank));
+                let reason = format!("{} failed in step {step}: {}", self.name(rank), quoted(&reason));
                 self.end_epoch(now, reason, out);
             }
         }
@@ -462,6 +471,9 @@ impl Leader {
                 self.config.size
             ));
         }
+        if hello.last_epoch > MAX_EPOCH {
+            return Err(format!("{} says that it was part of epoch {}", self.name(rank), hello.last_epoch));
+        }
         compare_terms(&self.config.terms, &hello.terms, &self.name(rank), host)?;
         match &self.members[rank] {
             Some(member) if member.incarnation == incarnation => {
@@ -581,10 +593,16 @@ fn compare_terms(ours: &[Term], theirs: &[Term], name: &str, host: &str) -> Resu
     for our in ours {
         let their = theirs.iter().find(|their| their.name == our.name).map_or("nothing", |t| &t.value);
         if their != our.value {
+            let their = quoted(their);
             return Err(format!("{}: {name} ({host}) has {their}, the leader {}", our.name, our.value));
         }
     }
     Ok(())
+}
+
+/// What a peer said, or its beginning.
+fn quoted(text: &str) -> &str {
+    text.char_indices().nth(MAX_QUOTED).map_or(text, |(end, _)| &text[..end])
 }
 
 /// `host:port`, with brackets around an IPv6 address.

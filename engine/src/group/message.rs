@@ -17,7 +17,7 @@ use crate::step_plan::{BlockCopy, PlannedSequence, StepPlan};
 use crate::stream::TokenLogprobs;
 
 /// Two processes of one group speak the same version; a change of any message changes it.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 
 /// From a rank to its leader.
 #[derive(Debug, Clone, PartialEq)]

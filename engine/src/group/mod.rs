@@ -8,7 +8,7 @@
 //! * [`leader`] and [`agent`] are the protocol as state machines without sockets, threads or clock; a simulation drives both.
 //! * [`executor`] and [`rank`] are the sockets and threads around them; [`compute`] is the rank's computing thread.
 //! * [`message`] and [`rows`] are what they say; [`mesh`] connects ranks to each other; [`acceptor`] lets peers in; [`scout`] looks
-//!   for those that do not come.
+//!   for those that do not come; [`pace`] says how long a step may take.
 //!
 //! Only the leader decides and reads a clock that matters; ranks execute plans in order and check each one's digest. KV belongs to
 //! one epoch: when a rank is lost, the others give the step up, keep their weights, and a new epoch begins once all are there.
@@ -18,8 +18,11 @@ mod agent;
 mod compute;
 pub(crate) mod executor;
 pub(crate) mod leader;
+#[cfg(test)]
+mod leader_tests;
 mod mesh;
 pub(crate) mod message;
+mod pace;
 mod rank;
 mod rows;
 pub(crate) mod scout;

@@ -19,7 +19,7 @@ use super::leader::LinkId;
 use super::mesh::Mesh;
 use super::message::{Loaded, ToRank};
 use crate::error::ExecutorError;
-use crate::load::{EngineOptions, Inspected, LoadError, LoadedShard};
+use crate::load::{EngineOptions, Inspected, LoadError, LoadedShard, MachineShare};
 
 /// How often deadlines are looked at.
 const LOOK_UP: Duration = Duration::from_millis(50);
@@ -41,15 +41,19 @@ pub struct RankOptions {
     /// Where peers reach this rank.
     pub listener: TcpListener,
     pub key: Option<GroupKey>,
+    /// KV blocks that this rank's process had before it was started again: the other ranks on this machine still hold theirs.
+    pub held_blocks: Option<u64>,
 }
 
 /// How a rank's process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RankEnd {
     /// It was asked to leave, and did.
     Left,
     /// Its computing thread does not come back: the process must end, and a new one take its place.
     Hung,
+    /// The leader turned it away after it had joined, and why: a new process may find what this one lacks.
+    Unfit(String),
 }
 
 /// What the parent process tells a rank.
@@ -100,8 +104,9 @@ pub fn run_rank(
     });
 
     let (shared, options) = (Arc::clone(&driver), options.clone());
-    let (number, size, local_ranks) = (rank.rank, rank.size, rank.local_ranks);
-    let compute = move || match inspected.load_shard(&options, number, size, local_ranks) {
+    let (number, size) = (rank.rank, rank.size);
+    let machine = MachineShare { local_ranks: rank.local_ranks, held_blocks: rank.held_blocks };
+    let compute = move || match inspected.load_shard(&options, number, size, machine) {
         Ok(shard) => run_shard(&shared, shard, number, &mesh, &work),
         // Nobody listens only if the rank has ended.
         Err(error) => drop(shared.end.send(Err(error))),
@@ -210,6 +215,7 @@ impl Driver {
             AgentAction::Abort { epoch } => self.aborts.abort(epoch),
             AgentAction::Exit(Ending::Left) => drop(self.end.send(Ok(RankEnd::Left))),
             AgentAction::Exit(Ending::Hung) => drop(self.end.send(Ok(RankEnd::Hung))),
+            AgentAction::Exit(Ending::Unfit(reason)) => drop(self.end.send(Ok(RankEnd::Unfit(reason)))),
         }
     }
 

@@ -111,8 +111,8 @@ fn encode_draw<'e>(out: &'e mut Encoder, draw: &Draw<'_>) -> &'e mut Encoder {
     out.list(draw.used_tokens, |out, used| out.u32(used.token).bool(used.in_prompt).u32(used.output_count));
     out.f32(draw.repetition_penalty).f32(draw.presence_penalty).f32(draw.frequency_penalty);
     out.list(draw.logit_bias, |out, &(token, bias)| out.u32(token).f32(bias));
-    out.option(draw.allowed_token_ids, |out, allowed| out.u32s(allowed));
-    out.u32s(draw.banned_token_ids);
+    out.option(draw.allowed_token_ids, encode_set);
+    encode_set(out, draw.banned_token_ids);
     out.f32(draw.temperature).u32(draw.top_k).f32(draw.top_p).f32(draw.min_p)
 }
 
@@ -126,13 +126,37 @@ fn decode_draw(input: &mut Decoder<'_>) -> Result<OwnedDraw, DecodeError> {
         presence_penalty: input.f32()?,
         frequency_penalty: input.f32()?,
         logit_bias: input.list(8, |input| Ok((input.u32()?, input.f32()?)))?,
-        allowed_token_ids: input.option(Decoder::u32s)?,
-        banned_token_ids: input.u32s()?,
+        allowed_token_ids: input.option(decode_set)?,
+        banned_token_ids: decode_set(input)?,
         temperature: input.f32()?,
         top_k: input.u32()?,
         top_p: input.f32()?,
         min_p: input.f32()?,
     })
+}
+
+/// Token ids whose order and number say nothing: one after another, or a bit for each id up to the highest, whichever is shorter. So
+/// a step stays far below the longest message however long the lists of its requests are.
+fn encode_set<'e>(out: &'e mut Encoder, ids: &[u32]) -> &'e mut Encoder {
+    let bytes = ids.iter().max().map_or(0, |highest| *highest as usize / 8 + 1);
+    if bytes >= size_of_val(ids) {
+        return out.bool(false).u32s(ids);
+    }
+    let mut bits = vec![0u8; bytes];
+    ids.iter().for_each(|id| bits[*id as usize / 8] |= 1 << (id % 8));
+    out.bool(true).bytes(&bits)
+}
+
+fn decode_set(input: &mut Decoder<'_>) -> Result<Vec<u32>, DecodeError> {
+    if !input.bool()? {
+        return input.u32s();
+    }
+    let bits = input.bytes()?;
+    let ids_of = |(byte, bits): (usize, &u8)| {
+        let bits = *bits;
+        (0..8).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| byte as u32 * 8 + bit)
+    };
+    Ok(bits.iter().enumerate().flat_map(ids_of).collect())
 }
 
 #[cfg(test)]
@@ -168,6 +192,23 @@ pub(super) mod tests {
     fn every_token_of_a_row_is_named() {
         let all: Vec<Vec<u32>> = some_rows().iter().map(|row| row.token_ids().collect()).collect();
         assert_eq!(all, [vec![3, 1, 2, 1, 2, 3, 9], vec![1, 2, 9], vec![8]]);
+    }
+
+    #[test]
+    fn a_long_set_of_ids_takes_a_bit_each() {
+        let sets =
+            [vec![], vec![0], vec![4_000_000], (0..50_000).rev().collect(), (3..90_000).step_by(9).collect()];
+        for ids in sets {
+            let mut out = Encoder::new();
+            encode_set(&mut out, &ids);
+            let bytes = out.into_bytes();
+            let highest = ids.iter().max().copied().unwrap_or(0) as usize;
+            assert!(bytes.len() <= 9 + (4 * ids.len()).min(highest / 8 + 1), "{} bytes", bytes.len());
+            let mut back = decode_set(&mut Decoder::new(&bytes)).unwrap();
+            let mut ids = ids;
+            [&mut back, &mut ids].into_iter().for_each(|ids| ids.sort_unstable());
+            assert_eq!(back, ids);
+        }
     }
 
     #[test]

@@ -46,6 +46,15 @@ pub struct Gathering {
     size: usize,
 }
 
+/// What one rank may have of its machine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MachineShare {
+    /// Ranks that share memory and cores.
+    pub(crate) local_ranks: usize,
+    /// As in [`crate::RankOptions`].
+    pub(crate) held_blocks: Option<u64>,
+}
+
 /// One rank's share of a model, loaded.
 pub(crate) struct LoadedShard {
     pub(crate) cpu: Cpu,
@@ -114,7 +123,7 @@ impl Inspected {
         options: &EngineOptions,
         rank: usize,
         size: usize,
-        local_ranks: usize,
+        MachineShare { local_ranks, held_blocks }: MachineShare,
     ) -> Result<LoadedShard, LoadError> {
         let kv_dtype = self.kv_dtype();
         let llama_options = LlamaOptions {
@@ -130,9 +139,15 @@ impl Inspected {
         let name = self.info.name.clone();
         let model = Llama::load(&cpu, &name, self.files.config.clone(), self.files.weights(), llama_options)?;
         // After the weights are in memory: what is free now can hold KV.
-        self.plan_shard(options, size, local_ranks)?;
-        let free_bytes = machine::memory_available_bytes() / local_ranks.max(1) as u64;
-        let max_blocks = plan::capacity(model.config(), kv_dtype, options, free_bytes);
+        let free_bytes = machine::memory_available_bytes();
+        let capacity = |bytes| plan::capacity(model.config(), kv_dtype, options, bytes);
+        let share = capacity(free_bytes / local_ranks.max(1) as u64);
+        // Where the other ranks have their memory already, what is free is this rank's alone, as far as it had some before.
+        let held = held_blocks.filter(|held| *held > 0 && *held <= capacity(free_bytes));
+        if held.is_none() {
+            self.plan_shard(options, size, local_ranks)?;
+        }
+        let max_blocks = share.max(held.unwrap_or(0));
         let has_own_cores = threads * local_ranks <= cores;
         let LlamaOptions { max_tokens, max_logits_rows, .. } = llama_options;
         Ok(LoadedShard { cpu, model, kv_dtype, max_tokens, max_logits_rows, max_blocks, has_own_cores })

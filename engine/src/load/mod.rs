@@ -18,8 +18,8 @@ use tandem_models::{
 };
 use thiserror::Error;
 
-pub(crate) use group::LoadedShard;
 pub use group::{Gathering, LeadOptions};
+pub(crate) use group::{LoadedShard, MachineShare};
 pub use machine::{MachineInfo, machine_info};
 pub use plan::EnginePlan;
 

@@ -20,7 +20,7 @@ use crate::lifecycle::{Lifecycle, Phase};
 /// How long requests are still accepted after SIGTERM.
 const ACCEPT_MORE: Duration = Duration::from_secs(5);
 /// How long the last bytes may take to leave once nothing runs.
-const FLUSH: Duration = Duration::from_secs(2);
+pub(super) const FLUSH: Duration = Duration::from_secs(2);
 /// How often idleness is looked for.
 const POLL: Duration = Duration::from_millis(20);
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::drain::Signals;
+use super::drain::{FLUSH, Signals};
 use super::ranks::Ranks;
 use super::{Exit, REFUSED};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -31,7 +31,15 @@ pub(super) async fn follow(
     while !ranks.have_left() && Instant::now() < end {
         tokio::select! {
             () = sleep(POLL) => {}
-            _ = signals.next() => break,
+            _ = signals.next() => return Ok(()),
+        }
+    }
+    // The leader let the ranks go when it had answered everything; the last bytes of it may still be on their way through here.
+    let end = Instant::now() + FLUSH;
+    while lifecycle.in_flight() > 0 && Instant::now() < end {
+        tokio::select! {
+            () = sleep(POLL) => {}
+            _ = signals.next() => return Ok(()),
         }
     }
     Ok(())

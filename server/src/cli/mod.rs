@@ -32,7 +32,7 @@ const FAILED: u8 = 1;
 /// The configuration or the model was refused.
 const REFUSED: u8 = 2;
 /// A rank's computing thread does not come back: a new process is needed (`EX_SOFTWARE`).
-const HUNG: u8 = 70;
+const REPLACE: u8 = 70;
 
 /// Runs the command line; `started` is when the process began.
 pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {

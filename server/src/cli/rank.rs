@@ -11,7 +11,7 @@ use std::sync::mpsc::{Sender, channel};
 use serde::{Deserialize, Serialize};
 use tandem_engine::{RankEnd, RankOptions, RankOrder, RankReport};
 
-use super::{Exit, HUNG, startup};
+use super::{Exit, REPLACE, startup};
 use crate::config::{ConfigError, RankConfig};
 
 /// The order to leave the group, as a line.
@@ -23,6 +23,7 @@ pub(super) struct ReportLine {
     pub(super) loaded: bool,
     pub(super) ready: bool,
     pub(super) epoch: u64,
+    pub(super) num_blocks: u64,
     pub(super) reasons: Vec<String>,
     pub(super) leader_http: String,
     pub(super) ranks_up: Vec<bool>,
@@ -31,7 +32,8 @@ pub(super) struct ReportLine {
 
 /// Computes until it is told to leave or its parent ends.
 pub(super) fn rank(config: RankConfig) -> Result<(), Exit> {
-    let RankConfig { serve, group, local_rank } = config;
+    let RankConfig { serve, group, local_rank, held_blocks } = config;
+    abort_on_panic();
     let (orders, inbox) = channel();
     std::thread::Builder::new()
         .name("tandem-parent".into())
@@ -53,14 +55,27 @@ pub(super) fn rank(config: RankConfig) -> Result<(), Exit> {
         leader: (group.leader_host.clone(), group.master_port),
         listener,
         key: group.key.clone(),
+        held_blocks,
     };
     let end = tandem_engine::run_rank(inspected, &options, place, inbox, say);
     match end.map_err(|error| startup::refusal(&serve.common, error))? {
         RankEnd::Left => Ok(()),
         RankEnd::Hung => {
-            Err(Exit { code: HUNG, problems: vec!["a step does not end; the rank is restarted".into()] })
+            Err(Exit { code: REPLACE, problems: vec!["a step does not end; the rank is restarted".into()] })
+        }
+        RankEnd::Unfit(reason) => {
+            Err(Exit { code: REPLACE, problems: vec![format!("{reason}; the rank is restarted")] })
         }
     }
+}
+
+/// A thread that panics ends the process: the others would go on saying that this rank lives, and its peers would wait for it.
+fn abort_on_panic() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        hook(panic);
+        std::process::abort();
+    }));
 }
 
 /// Tells the parent. A parent that is gone is found out by [`follow_parent`].
@@ -69,6 +84,7 @@ fn say(report: &RankReport) {
         loaded: report.loaded,
         ready: report.ready,
         epoch: report.epoch,
+        num_blocks: report.num_blocks,
         reasons: report.reasons.clone(),
         leader_http: report.leader_http.clone(),
         ranks_up: report.ranks_up.clone(),

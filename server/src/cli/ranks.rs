@@ -1,7 +1,8 @@
 //! The ranks of this pod: child processes of the same binary, watched and restarted one by one.
 //!
 //! Each has a thread that starts it, reads what it says and waits for its end. A rank that dies is started again, after a pause
-//! that grows while it keeps dying; one that refuses the configuration is not, for it would refuse it again.
+//! that grows while it keeps dying. One that refuses the configuration before any process in its place has loaded is not, for it
+//! would refuse it again; later a refusal is a matter of the moment: a file that cannot be read, a port that is still taken.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -39,6 +40,10 @@ struct LocalRank {
     report: ReportLine,
     orders: Option<ChildStdin>,
     restarts: u64,
+    /// A process in its place had the weights in memory.
+    has_loaded: bool,
+    /// KV blocks of its last process.
+    held_blocks: u64,
     /// It left the group as it was told to.
     has_left: bool,
 }
@@ -117,6 +122,10 @@ fn rank_arguments(arguments: &[OsString], local_rank: usize) -> Vec<OsString> {
 fn watch(shared: &Mutex<Shared>, local_rank: usize, mut command: Command) {
     let mut pause = FIRST_PAUSE;
     loop {
+        let held = lock(shared).ranks[local_rank].held_blocks;
+        if held > 0 {
+            command.env("TANDEM_HELD_BLOCKS", held.to_string());
+        }
         let born = Instant::now();
         let status = match command.spawn() {
             Ok(child) => attend(shared, local_rank, child),
@@ -134,7 +143,7 @@ fn watch(shared: &Mutex<Shared>, local_rank: usize, mut command: Command) {
             rank.has_left = true;
             return;
         }
-        if status == Some(i32::from(REFUSED)) {
+        if status == Some(i32::from(REFUSED)) && !rank.has_loaded {
             state.refused = true;
             return;
         }
@@ -167,11 +176,17 @@ fn attend(shared: &Mutex<Shared>, local_rank: usize, mut child: Child) -> Option
     }
     for line in BufReader::new(output).lines().map_while(Result::ok) {
         match serde_json::from_str(&line) {
-            Ok(report) => lock(shared).ranks[local_rank].report = report,
+            Ok(report) => take_report(&mut lock(shared).ranks[local_rank], report),
             Err(error) => tracing::warn!(local_rank, %error, "a rank says what cannot be understood"),
         }
     }
     child.wait().ok()?.code()
+}
+
+fn take_report(rank: &mut LocalRank, report: ReportLine) {
+    rank.has_loaded |= report.loaded;
+    rank.held_blocks = rank.held_blocks.max(report.num_blocks);
+    rank.report = report;
 }
 
 /// What a rank says, for probes and metrics.
@@ -181,6 +196,7 @@ pub(super) fn status(line: &ReportLine) -> RankReport {
         joined: !line.ranks_up.is_empty(),
         ready: line.ready,
         epoch: line.epoch,
+        num_blocks: line.num_blocks,
         reasons: line.reasons.clone(),
         leader_http: line.leader_http.clone(),
         ranks_up: line.ranks_up.clone(),

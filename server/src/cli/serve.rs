@@ -105,6 +105,8 @@ async fn run(
     let cause = tokio::select! {
         cause = signals.next() => Some(cause),
         () = engine_failure(&engine) => None,
+        // Only of a rank that has never loaded, which cannot be once the group was whole; but a wait for ever it must not become.
+        exit = refused(ranks.as_ref()) => return Err(exit),
     };
     let draining = Draining { lifecycle, engine, stop, http, limit: config.shutdown_timeout };
     match cause {

@@ -101,6 +101,8 @@ pub struct RankConfig {
     pub group: GroupConfig,
     /// Which of the pod's ranks this is.
     pub local_rank: usize,
+    /// KV blocks that its process had before it was started again.
+    pub held_blocks: Option<u64>,
 }
 
 /// `tandem run`.
@@ -140,10 +142,10 @@ pub(super) fn rank(
     origins: &Origins,
     environment: &Environment,
 ) -> Result<RankConfig, ConfigError> {
-    let local_rank = flags.local_rank as usize;
+    let (local_rank, held_blocks) = (flags.local_rank as usize, flags.held_blocks);
     let serve = serve(flags.serve, origins, environment)?;
     match serve.group.clone().filter(|group| local_rank < group.gpus_per_pod) {
-        Some(group) => Ok(RankConfig { serve, group, local_rank }),
+        Some(group) => Ok(RankConfig { serve, group, local_rank, held_blocks }),
         None => Err(refuse(origins, "local-rank", "is no rank of this pod; serve starts its ranks itself")),
     }
 }

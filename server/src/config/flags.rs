@@ -236,6 +236,9 @@ pub(super) struct RankFlags {
     /// Which of this pod's ranks
     #[arg(long, value_name = "N", value_parser = whole(0, 1023))]
     pub(super) local_rank: u64,
+    /// KV blocks that this rank's process had before it was started again
+    #[arg(long, value_name = "N")]
+    pub(super) held_blocks: Option<u64>,
 }
 
 #[derive(Debug, Args)]

@@ -191,11 +191,14 @@ fn a_rank_is_one_of_its_pod() {
         let arguments = ["tandem", "rank", "model.gguf"].iter().chain(arguments).map(Into::into).collect();
         parse(arguments, &Environment::new())
     };
-    match rank(&["--tp", "2", "--local-rank", "1"]) {
-        Ok(Parsed { command: Command::Rank(config), .. }) => {
-            assert_eq!((config.local_rank, config.group.size()), (1, 2));
+    for (held, expected) in [(&[][..], None), (&["--held-blocks", "77"][..], Some(77))] {
+        match rank(&[&["--tp", "2", "--local-rank", "1"][..], held].concat()) {
+            Ok(Parsed { command: Command::Rank(config), .. }) => {
+                assert_eq!((config.local_rank, config.group.size()), (1, 2));
+                assert_eq!(config.held_blocks, expected);
+            }
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
     }
     for bad in [&["--tp", "2", "--local-rank", "2"][..], &["--local-rank", "0"]] {
         assert!(matches!(rank(bad), Err(Stop::Refused(_))), "{bad:?}");

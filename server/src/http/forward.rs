@@ -3,6 +3,7 @@
 //! One hop, on a connection of its own, so that a client that leaves is gone for the leader too: the answer's body holds the
 //! connection, and takes it down when it is dropped. A request that was passed on already goes no further.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -15,18 +16,27 @@ use axum::middleware::Next;
 use axum::response::Response;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper_util::rt::TokioIo;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::context::{REQUEST_ID, RequestContext};
 use super::errors::ApiError;
+use super::limits::KEEP_ALIVE_INTERVAL;
 use super::state::AppState;
 
 /// Marks a request that was passed on once.
 const FORWARDED: HeaderName = HeaderName::from_static("x-tandem-forwarded");
 /// How long the leader may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(2);
+/// A leader whose machine is gone says so no more: its silence on the connection has to, in about half a minute.
+const FIRST_PROBE: Duration = Duration::from_secs(10);
+const NEXT_PROBE: Duration = Duration::from_secs(5);
+const PROBES: u32 = 4;
+const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
+/// A leader that lives sends something on every stream more often than this.
+const SILENCE: Duration = KEEP_ALIVE_INTERVAL.saturating_mul(4);
 /// Headers of one connection, not of the request.
 const HOP_BY_HOP: [HeaderName; 6] = [
     header::CONNECTION,
@@ -55,17 +65,18 @@ pub(super) async fn unless_leader(
     if report.leader_http.is_empty() {
         return Err(ApiError::NotReady("the leader of its group is not known yet"));
     }
-    pass(request, &report.leader_http).await.map_err(|error| {
+    pass(request, &report.leader_http, SILENCE).await.map_err(|error| {
         tracing::warn!(leader = report.leader_http, error, "a request could not be passed on");
         ApiError::NotReady("the leader of its group does not answer")
     })
 }
 
-async fn pass(request: Request, leader: &str) -> Result<Response, String> {
+/// `silence`: how long nothing may come of an event stream.
+async fn pass(request: Request, leader: &str, silence: Duration) -> Result<Response, String> {
     let connected = timeout(CONNECT, TcpStream::connect(leader)).await;
     let stream =
         connected.map_err(|_| "it does not accept".to_owned())?.map_err(|error| error.to_string())?;
-    stream.set_nodelay(true).map_err(|error| error.to_string())?;
+    stream.set_nodelay(true).and_then(|()| watch(&stream)).map_err(|error| error.to_string())?;
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
     let guard = Connection(tokio::spawn(async move {
@@ -76,7 +87,22 @@ async fn pass(request: Request, leader: &str) -> Result<Response, String> {
         sender.send_request(readdressed(request, leader)?).await.map_err(|error| error.to_string())?;
     let (mut parts, incoming) = answer.into_parts();
     HOP_BY_HOP.iter().for_each(|name| drop(parts.headers.remove(name)));
-    Ok(Response::from_parts(parts, Body::new(Passed { incoming, _connection: guard })))
+    let is_stream = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|of| of.as_bytes().starts_with(b"text/event-stream"));
+    let silence = is_stream.then(|| (silence, Box::pin(sleep_until(Instant::now() + silence))));
+    Ok(Response::from_parts(parts, Body::new(Passed { incoming, silence, _connection: guard })))
+}
+
+/// Has the system find out when the other machine is gone.
+fn watch(stream: &TcpStream) -> std::io::Result<()> {
+    let socket = SockRef::from(stream);
+    let probes = TcpKeepalive::new().with_time(FIRST_PROBE).with_interval(NEXT_PROBE).with_retries(PROBES);
+    socket.set_tcp_keepalive(&probes)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+    Ok(())
 }
 
 /// The same request, for the leader.
@@ -112,18 +138,32 @@ impl Drop for Connection {
 /// The leader's answer as it comes.
 struct Passed {
     incoming: Incoming,
+    /// How long nothing may come, and the end of the present wait.
+    silence: Option<(Duration, Pin<Box<Sleep>>)>,
     _connection: Connection,
 }
 
 impl HttpBody for Passed {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = axum::BoxError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.incoming).poll_frame(context)
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
+        let this = &mut *self;
+        if let Poll::Ready(frame) = Pin::new(&mut this.incoming).poll_frame(context) {
+            if let Some((silence, end)) = &mut this.silence {
+                end.as_mut().reset(Instant::now() + *silence);
+            }
+            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+        }
+        match &mut this.silence {
+            Some((_, end)) => {
+                end.as_mut().poll(context).map(|()| Some(Err("the leader of the group is silent".into())))
+            }
+            None => Poll::Pending,
+        }
     }
 
     fn is_end_stream(&self) -> bool {
@@ -132,5 +172,64 @@ impl HttpBody for Passed {
 
     fn size_hint(&self) -> SizeHint {
         self.incoming.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_leader_that_falls_silent_in_a_stream_ends_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let leader = listener.local_addr().unwrap().to_string();
+        let answering = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 1024];
+            let _ = stream.read(&mut request).await.unwrap();
+            let head =
+                "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+            stream.write_all(head.as_bytes()).await.unwrap();
+            for _ in 0..4 {
+                stream.write_all(b"3\r\n:\n\n\r\n").await.unwrap();
+                tokio::time::sleep(Duration::from_millis(300)).await;
+            }
+            // Open, and nothing more.
+            tokio::time::sleep(Duration::from_secs(60)).await;
+        });
+        let request = Request::builder().uri("/v1/completions").body(Body::empty()).unwrap();
+        let answer = pass(request, &leader, Duration::from_secs(1)).await.unwrap();
+        let mut body = answer.into_body();
+        let mut frames = 0;
+        let error = loop {
+            match timeout(Duration::from_secs(20), body.frame())
+                .await
+                .expect("it ends")
+                .expect("with an error")
+            {
+                Ok(_) => frames += 1,
+                Err(error) => break error.to_string(),
+            }
+        };
+        answering.abort();
+        assert_eq!(frames, 4, "a second passes between none of them");
+        assert!(error.contains("silent"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_is_gone_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        watch(&stream).unwrap();
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap());
+        let all = socket.tcp_keepalive_time().unwrap() + PROBES * socket.tcp_keepalive_interval().unwrap();
+        assert_eq!((all, socket.tcp_keepalive_retries().unwrap()), (UNACKNOWLEDGED, PROBES));
+        #[cfg(target_os = "linux")]
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED));
     }
 }

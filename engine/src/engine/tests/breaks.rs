@@ -283,6 +283,39 @@ fn a_group_that_breaks_again_before_a_step_is_one_wait() {
     assert_eq!(bench.handle.snapshot().stream_resumes, 1);
 }
 
+/// It gets as far as its first chunk each time; another request goes on beside it.
+#[test]
+fn a_request_that_breaks_every_group_is_not_tried_without_end() {
+    let timeout = Duration::from_secs(5);
+    let mut bench = Bench::new(EngineConfig {
+        recovery_timeout: timeout,
+        max_num_batched_tokens: 8,
+        poison_freed_blocks: false,
+        ..config()
+    });
+    let mut running = bench.submit(request(1, 4, 40));
+    bench.steps(3);
+    let mut bad = bench.submit(request(2, 21, 5));
+    let mut breaks = 0;
+    while bad.is_open() {
+        // The first chunk, then the one that breaks.
+        bench.steps(2);
+        bench.break_group(Moment::BeforeWrites, 1);
+        bench.step();
+        breaks += 1;
+        bench.clock.advance(Duration::from_secs(2));
+        assert_eq!(bench.step(), StepStatus::Idle);
+        bad.read();
+        assert!(breaks <= 4, "it is tried again and again");
+    }
+    assert_eq!(breaks, 3, "5 s after the first break");
+    assert!(matches!(&bad.outcome, Outcome::Failed(RequestFailure { code: 503, .. })));
+    running.read();
+    assert!(running.is_open(), "it got further between the breaks");
+    bench.finish(&mut [&mut running]);
+    running.check(&PLAIN);
+}
+
 #[test]
 fn before_a_rank_leaves_what_was_taken_ends_and_nothing_new_is_taken() {
     let mut bench = Bench::new(EngineConfig { max_num_seqs: 2, ..config() });

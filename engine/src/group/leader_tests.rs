@@ -1,0 +1,63 @@
+//! What a leader does about peers that have the key and say what no rank of this version would.
+
+use std::time::Instant;
+
+use tandem_wire::Incarnation;
+
+use super::leader::{Action, Leader, LeaderConfig, LinkId, State};
+use super::message::{Hello, Loaded, Term, ToLeader, ToRank};
+
+fn leader(now: Instant) -> Leader {
+    let config = LeaderConfig {
+        size: 2,
+        gpus_per_pod: 1,
+        terms: vec![Term { name: "model".into(), value: "right".into() }],
+        wanted_blocks: 10,
+        leader_http: "leader:8000".into(),
+    };
+    Leader::new(config, now)
+}
+
+/// A process calls and says hello; what it is told.
+fn greet(leader: &mut Leader, link: LinkId, rank: u32, last_epoch: u64, model: &str) -> Vec<Action> {
+    let (now, mut out) = (Instant::now(), Vec::new());
+    leader.connected(now, link, "10.0.0.1".into(), &mut out);
+    let terms = vec![Term { name: "model".into(), value: model.into() }];
+    let hello = Hello { rank, last_epoch, port: 7401, terms };
+    let from = (last_epoch, Incarnation(u128::from(link)));
+    leader.message(now, link, from, ToLeader::Hello(hello), &mut out);
+    out
+}
+
+fn refusal(out: &[Action]) -> &str {
+    match out {
+        [Action::Send { message: ToRank::Refuse { reason }, .. }, Action::Close { .. }] => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_epoch_that_cannot_be_is_refused_and_the_next_one_still_counts_on() {
+    let mut leader = leader(Instant::now());
+    let out = greet(&mut leader, 1, 0, u64::MAX, "right");
+    assert!(refusal(&out).contains("epoch 18446744073709551615"), "{}", refusal(&out));
+    for link in [2, 3] {
+        let out = greet(&mut leader, link, link as u32 - 2, 1 << 62, "right");
+        assert!(matches!(out[..], [Action::Send { message: ToRank::Welcome { .. }, .. }]), "{out:?}");
+        let loaded = ToLeader::Loaded(Loaded { max_blocks: 10, weight_bytes: 1, read_bytes: 1 });
+        leader.message(Instant::now(), link, (0, Incarnation(u128::from(link))), loaded, &mut Vec::new());
+    }
+    assert_eq!((leader.epoch(), leader.state() == State::Joining), ((1 << 62) + 1, false));
+}
+
+#[test]
+fn what_a_peer_says_is_quoted_in_part() {
+    let mut leader = leader(Instant::now());
+    let out = greet(&mut leader, 1, 0, 0, &"ä".repeat(30_000));
+    let reason = refusal(&out);
+    assert!(reason.starts_with("model: ordinal 0 (10.0.0.1) has ää") && reason.len() < 700, "{reason}");
+    assert!(leader.missing().iter().all(|line| line.len() < 700));
+    assert_eq!(leader.counters().refusals, 1);
+    leader.rejected();
+    assert_eq!(leader.counters().refusals, 2);
+}
