@@ -412,8 +412,7 @@ impl Engine {
         );
         self.executor.abort();
         if error.kind == ExecutorErrorKind::GroupLost {
-            self.suspect(schedule);
-            return self.lose_group();
+            return self.lose_group(&schedule.keys);
         }
         // Its requests fail, the others go on.
         for key in &schedule.keys {

@@ -147,6 +147,8 @@ impl RequestState {
     /// the length ends too.
     pub(crate) fn accept(&mut self, choice: u32, token: u32, now: Instant) -> Option<FinishReason> {
         let is_penalised = self.params.is_penalised();
+        // It is further than before: what is replayed is not drawn again.
+        self.is_suspect = false;
         let state = &mut self.choices[choice as usize];
         state.num_output += 1;
         state.first_token.get_or_insert(now);

@@ -52,7 +52,7 @@ impl LinkReader {
         self.spin = spin;
     }
 
-    /// Messages with a payload of more than `limit` bytes are refused from the next one on; at first and at most,
+    /// Messages with a payload of more than `limit` bytes are refused from the next frame on; at first and at most,
     /// [`MAX_MESSAGE`](crate::MAX_MESSAGE).
     pub fn set_limit(&mut self, limit: usize) {
         self.assembler.set_limit(limit);

@@ -15,6 +15,7 @@ use crate::error::RequestFailure;
 use crate::executor::ExecutorStatus;
 use crate::request_state::RequestState;
 use crate::scheduler::Schedule;
+use crate::sequence::SequenceKey;
 
 /// What the executor last said of its group.
 pub(super) struct Group {
@@ -75,8 +76,9 @@ impl Engine {
         self.fail_overdue();
     }
 
-    /// All KV is gone. Nothing is left of a step that was half done; no request ends.
-    pub(super) fn lose_group(&mut self) {
+    /// All KV is gone. Nothing is left of a step that was half done; no request ends. `in_step`: what was planned, if it was a step
+    /// that told.
+    pub(super) fn lose_group(&mut self, in_step: &[SequenceKey]) {
         if !self.group.is_ready() {
             return;
         }
@@ -89,29 +91,20 @@ impl Engine {
         let is_new = self.group.outage.is_none();
         self.group.outage.get_or_insert(Outage { since: now, is_break });
         for request in self.requests.values_mut() {
-            // What is left of an outage before the last one says nothing, but for those that may have caused both.
-            if is_new && !request.is_suspect {
+            let was_in_step = in_step.iter().any(|key| key.serial == request.serial);
+            // An outage before the last one counts no more, but for those that may have caused both.
+            if is_new && !(request.is_suspect && was_in_step) {
                 request.stranded_since = Some(now);
             }
             request.stranded_since.get_or_insert(now);
+            request.is_suspect |= was_in_step;
             request.is_interrupted |= request.has_output();
-        }
-    }
-
-    /// The group broke in a step with these requests.
-    pub(super) fn suspect(&mut self, schedule: &Schedule) {
-        let now = self.shared.environment.clock.now();
-        for key in &schedule.keys {
-            let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
-            if !std::mem::replace(&mut request.is_suspect, true) {
-                request.stranded_since = Some(now);
-            }
         }
     }
 
     fn be_ready(&mut self, epoch: u64, admits: bool) {
         if self.group.epoch.is_some_and(|last| last != epoch) {
-            self.lose_group();
+            self.lose_group(&[]);
         }
         if !self.group.is_ready() {
             tracing::info!(epoch, requests = self.requests.len(), "the group of ranks is whole");
@@ -121,7 +114,7 @@ impl Engine {
     }
 
     fn wait_for_group(&mut self, reason: &str) {
-        self.lose_group();
+        self.lose_group(&[]);
         if self.group.phase != Phase::Waiting {
             tracing::warn!(reason, requests = self.requests.len(), "waiting for the group of ranks");
         }

@@ -4,7 +4,7 @@
 //! The thread that accepts ends when its [`Acceptor`] is dropped: the drop raises a flag and connects once, which ends the wait.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -57,7 +57,7 @@ impl Acceptor {
                     continue;
                 }
                 let address = from.ip().to_canonical();
-                let Some(place) = handshakes.begin(address) else { continue };
+                let Some(place) = handshakes.begin(network_of(address)) else { continue };
                 let shared = Arc::clone(&shared);
                 let spawned = thread::Builder::new().name("tandem-link".into()).spawn(move || {
                     let (key, take) = &*shared;
@@ -111,6 +111,14 @@ impl Handshakes {
     }
 }
 
+/// Whoever has one address of IPv6 has those of its network.
+fn network_of(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => address,
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+    }
+}
+
 impl Drop for Handshake {
     fn drop(&mut self) {
         let mut counts = self.all.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -153,6 +161,8 @@ mod tests {
         assert!(handshakes.begin(address(1)).is_some(), "its place is free again");
         held.extend((2..).flat_map(|last| handshakes.begin(address(last))).take(MAX_HANDSHAKES - held.len()));
         assert!(handshakes.begin(address(0)).is_none(), "there are as many as may be");
+        let [a, b] = ["2001:db8::1", "2001:db8::ffff:1"].map(|text| network_of(text.parse().unwrap()));
+        assert_eq!(a, b);
         drop(held);
         assert!(handshakes.0.lock().unwrap().is_empty());
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tandem_wire::Incarnation;
 
-use super::leader::{HEARTBEAT, LinkId, SILENCE};
+use super::leader::{HEARTBEAT, LinkId, MAX_EPOCH, SILENCE};
 use super::message::{Answer, Hello, Loaded, MemberAddress, Phase, Step, Term, ToLeader, ToRank};
 
 /// Wait between two calls for the leader: short at first, so that a new leader finds its ranks at once.
@@ -238,7 +238,12 @@ impl Agent {
                 ToRank::Refuse { reason } => {
                     out.push(AgentAction::Close { link });
                     self.retry = LAST_RETRY;
-                    self.call_later(now, format!("the leader refused this rank: {reason}"));
+                    let reason = format!("the leader refused this rank: {reason}");
+                    if self.last_epoch > MAX_EPOCH {
+                        // No new leader believes that; a new process has been in none.
+                        out.push(AgentAction::Exit(Ending::Unfit(reason.clone())));
+                    }
+                    self.call_later(now, reason);
                 }
                 _ => self.report.stale_messages += 1,
             },

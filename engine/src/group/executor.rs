@@ -28,6 +28,8 @@ const ARRIVALS_OF_TURN: usize = 16;
 /// The longest message of somebody who has not joined yet, and of a rank.
 const MAX_HELLO: usize = 64 * 1024;
 const MAX_ANSWER: usize = 16 << 20;
+/// Messages that are taken from one connection before the others and the clock have their turn.
+const MESSAGES_OF_TURN: usize = 64;
 /// How long the step thread waits for its connections before it looks at the clock and for new ones.
 const LOOK_UP: Duration = Duration::from_millis(20);
 /// Rejected connections are told of for this long.
@@ -54,6 +56,8 @@ pub(crate) struct GroupExecutor {
     /// The engine was told to take no new requests.
     has_asked_for_rest: bool,
     actions: Vec<Action>,
+    /// A connection has more than was taken of it at its last turn.
+    has_more: bool,
     /// Ends with this value.
     _acceptor: Acceptor,
 }
@@ -91,6 +95,7 @@ impl GroupExecutor {
             status,
             has_asked_for_rest: false,
             actions: Vec::new(),
+            has_more: false,
             _acceptor: acceptor,
         };
         executor.publish();
@@ -99,7 +104,7 @@ impl GroupExecutor {
 
     /// Waits for news, at most `timeout`, and takes it in; whether the group is ready.
     pub(crate) fn wait(&mut self, timeout: Duration) -> bool {
-        wait_any(self.links.values().map(|link| &link.reader), timeout.min(LOOK_UP));
+        self.rest(timeout.min(LOOK_UP));
         self.turn();
         // Without an engine there are no requests to wait for.
         self.leader.release_leaving(Instant::now(), 0, &mut self.actions);
@@ -163,12 +168,26 @@ impl GroupExecutor {
         self.rejections.push_front((now, line));
     }
 
+    /// Waits until a connection brings something.
+    fn rest(&self, timeout: Duration) {
+        if !self.has_more {
+            wait_any(self.links.values().map(|link| &link.reader), timeout);
+        }
+    }
+
     /// Takes in what the connections have brought.
     fn hear(&mut self) {
+        self.has_more = false;
         let ids: Vec<LinkId> = self.links.keys().copied().collect();
         for link in ids {
+            let mut taken = 0;
             // Closed meanwhile, it has nothing to say any more.
             while let Some(connection) = self.links.get_mut(&link) {
+                if taken == MESSAGES_OF_TURN {
+                    self.has_more = true;
+                    break;
+                }
+                taken += 1;
                 let now = Instant::now();
                 match read_one(&mut connection.reader) {
                     Ok(None) => break,
@@ -247,7 +266,7 @@ impl GroupExecutor {
                 self.act();
                 continue;
             }
-            wait_any(self.links.values().map(|link| &link.reader), LOOK_UP);
+            self.rest(LOOK_UP);
             self.hear();
             if looked_up.elapsed() >= LOOK_UP {
                 looked_up = Instant::now();

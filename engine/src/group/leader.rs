@@ -37,8 +37,8 @@ const LEAVING: Duration = Duration::from_secs(110);
 const MAX_STRANGERS: usize = 64;
 /// How much of what a peer says goes into logs and answers.
 const MAX_QUOTED: usize = 256;
-/// Epochs of a process that says it has been in more are made up.
-const MAX_EPOCH: u64 = 1 << 62;
+/// Epochs of a process that says it has been in more are made up, unless this leader has been there itself.
+pub(crate) const MAX_EPOCH: u64 = 1 << 62;
 
 /// A connection, numbered by whoever owns the sockets.
 pub(crate) type LinkId = u64;
@@ -471,7 +471,7 @@ impl Leader {
                 self.config.size
             ));
         }
-        if hello.last_epoch > MAX_EPOCH {
+        if hello.last_epoch > MAX_EPOCH.max(self.epoch) {
             return Err(format!("{} says that it was part of epoch {}", self.name(rank), hello.last_epoch));
         }
         compare_terms(&self.config.terms, &hello.terms, &self.name(rank), host)?;
@@ -491,7 +491,8 @@ impl Leader {
     }
 
     fn take_loaded(&mut self, now: Instant, rank: usize, loaded: Loaded, out: &mut Vec<Action>) {
-        if let Some(needed) = self.num_blocks.filter(|&needed| loaded.max_blocks < needed) {
+        if let Some(needed) = Some(self.num_blocks.unwrap_or(1)).filter(|needed| loaded.max_blocks < *needed)
+        {
             let has = loaded.max_blocks;
             let reason = format!("has memory for {has} KV blocks, the group uses {needed}");
             let link = self.members[rank].as_ref().expect("a member has loaded").link;

@@ -47,7 +47,23 @@ fn an_epoch_that_cannot_be_is_refused_and_the_next_one_still_counts_on() {
         let loaded = ToLeader::Loaded(Loaded { max_blocks: 10, weight_bytes: 1, read_bytes: 1 });
         leader.message(Instant::now(), link, (0, Incarnation(u128::from(link))), loaded, &mut Vec::new());
     }
-    assert_eq!((leader.epoch(), leader.state() == State::Joining), ((1 << 62) + 1, false));
+    let epoch = (1 << 62) + 1;
+    assert_eq!((leader.epoch(), leader.state() == State::Joining), (epoch, false));
+    // Who has been in it comes back.
+    leader.closed(Instant::now(), 2, "is gone", &mut Vec::new());
+    let out = greet(&mut leader, 4, 0, epoch, "right");
+    assert!(matches!(out[..], [Action::Send { message: ToRank::Welcome { .. }, .. }]), "{out:?}");
+}
+
+#[test]
+fn a_rank_without_memory_does_not_decide_for_the_group() {
+    let mut leader = leader(Instant::now());
+    greet(&mut leader, 1, 0, 0, "right");
+    let loaded = ToLeader::Loaded(Loaded { max_blocks: 0, weight_bytes: 1, read_bytes: 1 });
+    let mut out = Vec::new();
+    leader.message(Instant::now(), 1, (0, Incarnation(1)), loaded, &mut out);
+    assert!(refusal(&out).contains("memory for 0 KV blocks"), "{}", refusal(&out));
+    assert_eq!(leader.num_blocks(), None);
 }
 
 #[test]

@@ -66,7 +66,8 @@ impl Mesh {
                 }
             }
             Arrival::Rejected { host, reason } => {
-                tracing::warn!(host, reason, "a connection to a rank was rejected");
+                // Anybody can make it happen as often as he likes; what goes wrong between ranks, the leader says.
+                tracing::debug!(host, reason, "a connection to a rank was rejected");
             }
         };
         let acceptor = Acceptor::start(listener, key.clone(), Purpose::Collective, take)?;

@@ -8,8 +8,9 @@ const MIN_DEADLINE: Duration = Duration::from_secs(10);
 const MAX_DEADLINE: Duration = Duration::from_secs(100);
 /// A step may take this many times what one like it took.
 const FACTOR: u32 = 10;
-/// From so many tokens on, a step's time grows with them; below it is that of reading the weights.
-const MANY_TOKENS: usize = 64;
+/// From so many tokens on, a step's time may grow with them; one of fewer takes at most so many times what one token takes, which
+/// the factor covers.
+const MANY_TOKENS: usize = 8;
 
 /// How long steps take, as far as is known: the slowest recent times, forgotten slowly.
 #[derive(Debug, Default)]
@@ -59,9 +60,9 @@ mod tests {
         let mut pace = Pace::default();
         assert_eq!((pace.deadline(1), pace.deadline(512)), (MAX_DEADLINE, MAX_DEADLINE));
         pace.note(1, ms(100));
-        assert_eq!((pace.deadline(1), pace.deadline(63)), (MIN_DEADLINE, MIN_DEADLINE));
-        pace.note(8, ms(3000));
-        assert_eq!((pace.deadline(2), pace.deadline(64)), (ms(30_000), MAX_DEADLINE));
+        assert_eq!((pace.deadline(1), pace.deadline(7)), (MIN_DEADLINE, MIN_DEADLINE));
+        pace.note(7, ms(3000));
+        assert_eq!((pace.deadline(2), pace.deadline(8)), (ms(30_000), MAX_DEADLINE));
         pace.note(100, ms(400));
         assert_eq!(
             pace.deadline(1000),

@@ -136,7 +136,7 @@ fn decode_draw(input: &mut Decoder<'_>) -> Result<OwnedDraw, DecodeError> {
 }
 
 /// Token ids whose order and number say nothing: one after another, or a bit for each id up to the highest, whichever is shorter. So
-/// a step stays far below the longest message however long the lists of its requests are.
+/// a step stays far below the longest message however long these lists of its requests are.
 fn encode_set<'e>(out: &'e mut Encoder, ids: &[u32]) -> &'e mut Encoder {
     let bytes = ids.iter().max().map_or(0, |highest| *highest as usize / 8 + 1);
     if bytes >= size_of_val(ids) {
@@ -147,11 +147,17 @@ fn encode_set<'e>(out: &'e mut Encoder, ids: &[u32]) -> &'e mut Encoder {
     out.bool(true).bytes(&bits)
 }
 
+/// Far above any vocabulary: a set takes 32 times as much memory when it is taken apart.
+const MAX_SET_BYTES: usize = 1 << 20;
+
 fn decode_set(input: &mut Decoder<'_>) -> Result<Vec<u32>, DecodeError> {
     if !input.bool()? {
         return input.u32s();
     }
     let bits = input.bytes()?;
+    if bits.len() > MAX_SET_BYTES {
+        return Err(DecodeError::Unknown { what: "length of a set of ids", value: bits.len() as u64 });
+    }
     let ids_of = |(byte, bits): (usize, &u8)| {
         let bits = *bits;
         (0..8).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| byte as u32 * 8 + bit)
@@ -208,6 +214,15 @@ pub(super) mod tests {
             let mut ids = ids;
             [&mut back, &mut ids].into_iter().for_each(|ids| ids.sort_unstable());
             assert_eq!(back, ids);
+        }
+    }
+
+    #[test]
+    fn a_set_beyond_any_vocabulary_is_refused() {
+        for (bytes, is_read) in [(MAX_SET_BYTES, true), (MAX_SET_BYTES + 1, false)] {
+            let mut out = Encoder::new();
+            out.bool(true).bytes(&vec![0; bytes]);
+            assert_eq!(decode_set(&mut Decoder::new(&out.into_bytes())).is_ok(), is_read);
         }
     }
 

@@ -141,13 +141,11 @@ impl Inspected {
         // After the weights are in memory: what is free now can hold KV.
         let free_bytes = machine::memory_available_bytes();
         let capacity = |bytes| plan::capacity(model.config(), kv_dtype, options, bytes);
-        let share = capacity(free_bytes / local_ranks.max(1) as u64);
-        // Where the other ranks have their memory already, what is free is this rank's alone, as far as it had some before.
-        let held = held_blocks.filter(|held| *held > 0 && *held <= capacity(free_bytes));
-        if held.is_none() {
+        let held = held_again(held_blocks, capacity(free_bytes));
+        if held == 0 {
             self.plan_shard(options, size, local_ranks)?;
         }
-        let max_blocks = share.max(held.unwrap_or(0));
+        let max_blocks = held.max(capacity(free_bytes / local_ranks.max(1) as u64));
         let has_own_cores = threads * local_ranks <= cores;
         let LlamaOptions { max_tokens, max_logits_rows, .. } = llama_options;
         Ok(LoadedShard { cpu, model, kv_dtype, max_tokens, max_logits_rows, max_blocks, has_own_cores })
@@ -212,11 +210,18 @@ impl Gathering {
             activations: plan.activations,
             layer_flops_per_token: model.layer_flops_per_token(),
             head_flops_per_row: model.head_flops_per_row(),
-            weight_bytes: loaded.map_or(0, |loaded| loaded.weight_bytes) * size as u64,
+            weight_bytes: loaded.map_or(0, |loaded| loaded.weight_bytes).saturating_mul(size as u64),
             kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens.max(1) as u64,
         };
         Ok(Loaded { executor: Box::new(executor), config, plan, backend })
     }
+}
+
+/// The blocks that a rank has again after it was started again; 0 for none. The other ranks of the machine hold theirs, touched or
+/// not, as they did before, so what is free need not be shared with them: what fitted beside them fits again, if there is as much
+/// at all.
+fn held_again(held_blocks: Option<u64>, capacity: u64) -> u64 {
+    held_blocks.filter(|held| *held <= capacity).unwrap_or(0)
 }
 
 /// The plan with the blocks that all ranks have memory for.
@@ -246,4 +251,17 @@ fn fit_blocks(plan: &mut EnginePlan, num_blocks: usize, options: &EngineOptions)
 fn make_cpu_isa(inspected: &Inspected) -> Result<&'static str, LoadError> {
     let options = super::ModelOptions { threads: Some(1), ..inspected.options.clone() };
     Ok(make_cpu(&options)?.isa().name())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_that_is_started_again_has_what_it_had_if_that_is_there() {
+        assert_eq!(held_again(None, 1000), 0);
+        assert_eq!(held_again(Some(400), 1000), 400, "though half of what is free is less than it had");
+        assert_eq!(held_again(Some(1000), 1000), 1000);
+        assert_eq!(held_again(Some(1001), 1000), 0, "the machine has less than before");
+    }
 }

@@ -42,7 +42,7 @@ struct LocalRank {
     restarts: u64,
     /// A process in its place had the weights in memory.
     has_loaded: bool,
-    /// KV blocks of its last process.
+    /// The most KV blocks that a process in its place was told to have.
     held_blocks: u64,
     /// It left the group as it was told to.
     has_left: bool,
@@ -72,6 +72,12 @@ impl Ranks {
                 .map_err(Exit::failed)?;
         }
         Ok(Self { shared })
+    }
+
+    /// Of a pod that has none.
+    #[cfg(test)]
+    pub(super) fn none() -> Self {
+        Self { shared: Arc::new(Mutex::new(Shared { ranks: Vec::new(), leaving: false, refused: false })) }
     }
 
     /// How each rank is.

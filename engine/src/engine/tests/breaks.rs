@@ -317,6 +317,47 @@ fn a_request_that_breaks_every_group_is_not_tried_without_end() {
 }
 
 #[test]
+fn who_was_in_a_step_that_broke_is_not_charged_for_a_later_break_without_it() {
+    let timeout = Duration::from_secs(5);
+    let mut bench = Bench::with_stream_capacity(EngineConfig { recovery_timeout: timeout, ..config() }, 2);
+    let mut client = bench.submit(request(1, 10, 20));
+    // It pauses, for nobody reads; then breaks in a step that goes no further.
+    bench.step();
+    bench.break_group(Moment::BeforeWrites, 1);
+    bench.steps(3);
+    bench.steps(10);
+    bench.clock.advance(2 * timeout);
+    bench.lose_group();
+    client.read();
+    assert!(client.is_open(), "{:?}", client.outcome);
+    bench.heal();
+    bench.finish(&mut [&mut client]);
+    client.check(&PLAIN);
+}
+
+#[test]
+fn a_step_that_breaks_after_a_wait_does_not_begin_it_anew() {
+    let timeout = Duration::from_secs(5);
+    let mut bench = Bench::new(EngineConfig { recovery_timeout: timeout, ..config() });
+    let mut client = bench.submit(request(1, 10, 20));
+    bench.steps(3);
+    bench.lose_group();
+    bench.clock.advance(Duration::from_secs(3));
+    bench.heal();
+    // Whole again, and the first step breaks it.
+    bench.break_group(Moment::BeforeWrites, FOREVER);
+    bench.step();
+    bench.clock.advance(Duration::from_secs(2));
+    bench.step();
+    client.read();
+    assert!(
+        matches!(&client.outcome, Outcome::Failed(RequestFailure { code: 503, .. })),
+        "{:?}",
+        client.outcome
+    );
+}
+
+#[test]
 fn before_a_rank_leaves_what_was_taken_ends_and_nothing_new_is_taken() {
     let mut bench = Bench::new(EngineConfig { max_num_seqs: 2, ..config() });
     let mut clients: Vec<Client> = (0..3).map(|i| bench.submit(request(i, 10, 4 + i as usize))).collect();
