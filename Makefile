@@ -5,7 +5,7 @@ PORT ?= 8000
 # What a machine without a lock on versions may not change: builds use Cargo.lock as it is.
 CARGO_FLAGS ?= --locked
 
-.PHONY: serve model build test soak fmt lint
+.PHONY: serve model build test kernels soak fmt lint
 
 serve: model build
 	exec ./target/release/tandem serve "$$($(PYTHON) scripts/fetch-model.py)" --served-model-name smollm2-135m-instruct --port $(PORT)
@@ -16,8 +16,12 @@ model:
 build:
 	cargo build --release $(CARGO_FLAGS) --package tandem-server --bin tandem
 
-test: fmt lint model
+test: fmt lint model kernels
 	cargo test --workspace $(CARGO_FLAGS)
+
+# Compiles the CUDA kernels for every architecture; needs no GPU.
+kernels:
+	@$(PYTHON) scripts/check-kernels.py
 
 # The faults of a group ten times each, and its protocol from many more seeds.
 soak: model

@@ -16,10 +16,14 @@
 
 pub mod comm;
 pub mod cpu;
+pub mod cuda;
 mod dtype;
 mod error;
 pub mod limits;
 pub mod sampling;
+#[cfg(any(test, feature = "stand-ins"))]
+#[doc(hidden)]
+pub mod stub;
 
 pub use dtype::{Activations, AttentionPrecision, DType, Isa, KvDType, Matrix};
 pub use error::KernelError;

@@ -11,6 +11,7 @@
 
 mod batch;
 mod config;
+mod cuda_llama;
 mod dummy;
 mod error;
 mod fingerprint;
@@ -34,6 +35,7 @@ mod weights;
 
 pub use batch::ForwardBatch;
 pub use config::{GenerationConfig, ModelConfig};
+pub use cuda_llama::{CudaLlama, CudaLlamaOptions, CudaLoadError};
 pub use error::ModelError;
 pub use llama::{Llama, LlamaOptions, LoadedBytes};
 pub use mmap::MappedFile;

@@ -7,6 +7,7 @@ pub mod proxy;
 pub mod python;
 pub mod ranks;
 pub mod server;
+pub mod stand_in;
 
 use std::path::{Path, PathBuf};
 

@@ -122,7 +122,7 @@ impl Pods {
 }
 
 /// Adds flags and their values in place of those of the same name.
-fn replace_flags(all: &mut Vec<String>, new: &[&str]) {
+pub fn replace_flags(all: &mut Vec<String>, new: &[&str]) {
     let mut is_value_of_old = false;
     all.retain(|argument| {
         let is_old = new.contains(&argument.as_str());

@@ -1,5 +1,6 @@
 //! The one thing the engine knows about computing: a step plan goes in, tokens come out.
 
+pub(crate) mod cuda;
 pub(crate) mod local;
 pub(crate) mod prepare;
 pub(crate) mod sample;

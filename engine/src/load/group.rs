@@ -8,6 +8,7 @@ use tandem_kernels::{KvDType, NUMERICS_VERSION};
 use tandem_models::{Llama, LlamaOptions, Shard, TensorParallel};
 use tandem_wire::{GroupKey, Incarnation};
 
+use super::plan::Room;
 use super::{BackendInfo, EngineOptions, EnginePlan, Inspected, LoadError, Loaded, machine, make_cpu, plan};
 use crate::error::ExecutorError;
 use crate::group::executor::GroupExecutor;
@@ -91,7 +92,7 @@ impl Inspected {
         self.tensor_parallel(size)?;
         let config = Shard { rank: 0, size }.config(&self.files.config);
         let free_bytes = machine::memory_available_bytes() / local_ranks.max(1) as u64;
-        plan::plan(&config, self.activations(), self.kv_dtype(), options, free_bytes)
+        plan::plan(&config, self.activations(), self.kv_dtype(), options, Room::of_machine(free_bytes))
     }
 
     /// Everything that all ranks of a group and their leader must have alike.
@@ -206,6 +207,7 @@ impl Gathering {
             backend: "cpu",
             ranks: size,
             isa: make_cpu_isa(&inspected)?,
+            device: None,
             threads,
             activations: plan.activations,
             layer_flops_per_token: model.layer_flops_per_token(),

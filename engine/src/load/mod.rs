@@ -4,6 +4,7 @@
 //! turns the machine's memory into a number of KV blocks; [`Inspected::load`] packs the weights. What the crate above
 //! needs of the crates below it gets here, as plain data.
 
+mod cuda;
 mod group;
 mod machine;
 mod plan;
@@ -11,17 +12,21 @@ mod plan;
 use std::path::PathBuf;
 
 use tandem_kernels::cpu::{Cpu, CpuOptions, default_threads};
+use tandem_kernels::cuda::DeviceInfo;
 use tandem_kernels::limits::{self, Limits};
 use tandem_kernels::{Activations, DType, Isa, KernelError, KvDType};
 use tandem_models::{
-    DummyOptions, GenerationConfig, Llama, LlamaOptions, ModelError, ModelFiles, Shard, TokenizerFiles,
+    CudaLoadError, DummyOptions, GenerationConfig, Llama, LlamaOptions, ModelError, ModelFiles, Shard,
+    TokenizerFiles,
 };
 use thiserror::Error;
 
+pub use cuda::{DeviceChoice, KernelCheck, check_kernels, compile_kernels};
 pub use group::{Gathering, LeadOptions};
 pub(crate) use group::{LoadedShard, MachineShare};
 pub use machine::{MachineInfo, machine_info};
 pub use plan::EnginePlan;
+use plan::Room;
 
 use crate::config::{EngineConfig, max_logits_rows};
 use crate::error::ExecutorError;
@@ -60,6 +65,9 @@ pub struct ModelOptions {
     /// Block format that matrices in BF16, F16 or F32 are rounded to while they are loaded.
     pub quantization: Option<DType>,
     pub dtype: ModelDType,
+    /// What computes, and which of the GPUs, should it be one.
+    pub device: DeviceChoice,
+    pub device_ordinal: usize,
     /// Overrides the arithmetic class that `dtype` implies.
     pub activations: Option<Activations>,
     /// Overrides the KV type that `dtype` implies.
@@ -82,6 +90,10 @@ pub struct EngineOptions {
     pub block_size: usize,
     /// Memory of the KV pool; from the machine's free memory if absent.
     pub kv_cache_memory_bytes: Option<u64>,
+    /// Share of a GPU's memory that may be used for everything together, 0 to 1.
+    pub gpu_memory_utilization: f64,
+    /// No graphs: every launch by itself.
+    pub enforce_eager: bool,
     pub prefix_caching: bool,
     pub max_queued_requests: usize,
     pub max_queued_bytes: usize,
@@ -105,6 +117,8 @@ impl Default for EngineOptions {
             max_num_batched_tokens: config.max_num_batched_tokens,
             block_size: config.block_size,
             kv_cache_memory_bytes: None,
+            gpu_memory_utilization: 0.9,
+            enforce_eager: false,
             prefix_caching: config.prefix_caching,
             max_queued_requests: config.max_queued_requests,
             max_queued_bytes: config.max_queued_bytes,
@@ -127,6 +141,8 @@ pub enum LoadError {
         option: &'static str,
         reason: String,
     },
+    #[error(transparent)]
+    Cuda(#[from] CudaLoadError),
     #[error("the executor could not be made: {0}")]
     Executor(#[from] ExecutorError),
 }
@@ -161,6 +177,8 @@ pub struct BackendInfo {
     /// Processes that compute one step together.
     pub ranks: usize,
     pub isa: &'static str,
+    /// The GPU's name.
+    pub device: Option<String>,
     /// Of each rank.
     pub threads: usize,
     /// Arithmetic class of the linear layers.
@@ -180,6 +198,8 @@ pub struct Inspected {
     options: ModelOptions,
     files: ModelFiles,
     info: ModelInfo,
+    /// The GPU that computes, if one does.
+    device: Option<DeviceInfo>,
 }
 
 /// A model that is ready to run.
@@ -195,6 +215,7 @@ pub struct Loaded {
 /// # Errors
 /// The first reason to refuse the model, naming file, field and value.
 pub fn inspect(options: &ModelOptions) -> Result<Inspected, LoadError> {
+    let device = cuda::choose(options)?;
     let files = open(options)?;
     let config = &files.config;
     let info = ModelInfo {
@@ -214,7 +235,7 @@ pub fn inspect(options: &ModelOptions) -> Result<Inspected, LoadError> {
         eos_token_ids: config.eos_token_ids.clone(),
         fingerprint: files.fingerprint,
     };
-    Ok(Inspected { options: options.clone(), files, info })
+    Ok(Inspected { options: options.clone(), files, info, device })
 }
 
 /// The model's files, with weights as they are to be loaded.
@@ -249,6 +270,12 @@ impl Inspected {
         &self.info
     }
 
+    /// The GPU that computes, for people; none where the CPU does.
+    pub fn device(&self) -> Option<String> {
+        let device = self.device.as_ref()?;
+        Some(format!("{device}, {} MiB, {} SMs", device.total_bytes >> 20, device.num_sms))
+    }
+
     pub fn tokenizer(&self) -> &TokenizerFiles {
         &self.files.tokenizer
     }
@@ -266,8 +293,14 @@ impl Inspected {
     /// # Errors
     /// [`LoadError::Option`] if the options cannot be honoured.
     pub fn plan(&self, options: &EngineOptions) -> Result<EnginePlan, LoadError> {
-        let free_bytes = machine::memory_available_bytes();
-        plan::plan(&self.files.config, self.activations(), self.kv_dtype(), options, free_bytes)
+        match &self.device {
+            Some(device) => self.plan_cuda(device, options),
+            None => self.plan_for_room(options, Room::of_machine(machine::memory_available_bytes())),
+        }
+    }
+
+    fn plan_for_room(&self, options: &EngineOptions, room: Room) -> Result<EnginePlan, LoadError> {
+        plan::plan(&self.files.config, self.activations(), self.kv_dtype(), options, room)
     }
 
     /// Packs the weights and takes the memory of the KV pool. May take seconds.
@@ -275,6 +308,9 @@ impl Inspected {
     /// # Errors
     /// As [`Inspected::plan`]; also what packing finds.
     pub fn load(self, options: &EngineOptions) -> Result<Loaded, LoadError> {
+        if let Some(device) = self.device.clone() {
+            return self.load_cuda(&device, options);
+        }
         let plan = self.plan(options)?;
         let config = self.engine_config(options, &plan);
         let llama_options = LlamaOptions {
@@ -292,6 +328,7 @@ impl Inspected {
             backend: "cpu",
             ranks: 1,
             isa: cpu.isa().name(),
+            device: None,
             threads: cpu.threads(),
             activations: model.activations(),
             layer_flops_per_token: model.config().layer_flops_per_token(),
@@ -322,6 +359,9 @@ impl Inspected {
     }
 
     fn activations(&self) -> Activations {
+        if self.device.is_some() {
+            return Activations::Bf16;
+        }
         let of_file = match self.files.summary.dtype {
             DType::Bf16 => Activations::Bf16,
             DType::F32 | DType::F16 => Activations::F32,

@@ -41,13 +41,33 @@ pub(super) fn capacity(
     options.kv_cache_memory_bytes.map_or(room, |given| given.min(free_bytes)) / block_bytes
 }
 
-/// Plans the KV pool for `free_bytes` of free memory.
+/// Memory that KV may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    free_bytes: u64,
+    /// What the pool takes unless an option says otherwise.
+    default_kv_bytes: u64,
+}
+
+impl Room {
+    /// On a machine that does other things, too.
+    pub(super) fn of_machine(free_bytes: u64) -> Self {
+        Self { free_bytes, default_kv_bytes: DEFAULT_KV_BYTES.min(free_bytes / DEFAULT_KV_SHARE_OF_FREE) }
+    }
+
+    /// On a device that is there for this process.
+    pub(super) fn of_device(free_bytes: u64) -> Self {
+        Self { free_bytes, default_kv_bytes: free_bytes }
+    }
+}
+
+/// Plans the KV pool.
 pub(super) fn plan(
     config: &ModelConfig,
     activations: Activations,
     kv_dtype: KvDType,
     options: &EngineOptions,
-    free_bytes: u64,
+    Room { free_bytes, default_kv_bytes }: Room,
 ) -> Result<EnginePlan, LoadError> {
     let refuse = |option, reason| Err(LoadError::Option { option, reason });
     if options.block_size != BLOCK_SIZE {
@@ -78,9 +98,7 @@ pub(super) fn plan(
     let block_bytes = Llama::kv_cache_config(config, 1, kv_dtype).bytes_per_block() as u64;
     let blocks_per_sequence = wanted_len.div_ceil(BLOCK_SIZE);
     let most_useful = (blocks_per_sequence as u64).saturating_mul(options.max_num_seqs as u64);
-    let budget = options
-        .kv_cache_memory_bytes
-        .unwrap_or_else(|| DEFAULT_KV_BYTES.min(free_bytes / DEFAULT_KV_SHARE_OF_FREE));
+    let budget = options.kv_cache_memory_bytes.unwrap_or(default_kv_bytes);
     let kv_bytes = budget.min(most_useful.saturating_mul(block_bytes));
     if kv_bytes > free_bytes {
         let reason = format!(
@@ -155,7 +173,7 @@ mod tests {
     const BLOCK_BYTES: u64 = 2 * 2 * 2 * 16 * 2 * 16;
 
     fn plan_with(options: &EngineOptions, free_bytes: u64) -> Result<EnginePlan, LoadError> {
-        plan(&config(), Activations::Bf16, KvDType::Bf16, options, free_bytes)
+        plan(&config(), Activations::Bf16, KvDType::Bf16, options, Room::of_machine(free_bytes))
     }
 
     #[test]

@@ -6,13 +6,20 @@
 //! either.
 //!
 //! An implementation moves bytes between ranks ([`Communicator::exchange`]); the collectives stand on that.
+//!
+//! Ranks with a GPU use a [`NcclCommunicator`] instead, whose collectives are queued on the device.
 
 mod error;
+mod nccl;
 mod tcp;
 
 use std::ops::Range;
 
 pub use error::CommError;
+pub use nccl::{
+    NCCL_LIBRARY_VARIABLE, Nccl, NcclAbort, NcclCommunicator, NcclElement, NcclError, NcclOptions,
+    NcclUniqueId,
+};
 pub use tcp::{AbortHandle, TcpCommunicator, TcpOptions};
 
 use crate::cpu::{Epilogue, Team};

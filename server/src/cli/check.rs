@@ -32,6 +32,9 @@ pub(super) fn check(config: ServeConfig) -> Result<(), Exit> {
     group(&config, &mut findings);
     match startup::inspect(&config.common) {
         Ok(inspected) => {
+            if let Some(device) = inspected.device() {
+                findings.line("GPU", device);
+            }
             model(&config, &inspected, &mut findings);
             text(&config, &inspected, &mut findings);
         }

@@ -8,6 +8,7 @@ mod bench;
 mod check;
 mod drain;
 mod follow;
+mod kernels;
 mod logging;
 mod numbers;
 mod rank;
@@ -53,6 +54,7 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
         Command::Rank(config) => (config.serve.common.log(), "info"),
         Command::Run(config) => (config.common.log(), "warn"),
         Command::Bench(config) => (config.log(), "warn"),
+        Command::Kernels(config) => ((config.log_format, config.log_level.as_deref()), "warn"),
     };
     logging::init(log, level);
     for note in &parsed.notes {
@@ -64,6 +66,7 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
         Command::Run(config) => run::run(*config),
         Command::Bench(config) => bench::bench(*config),
         Command::Check(config) => check::check(*config),
+        Command::Kernels(config) => kernels::kernels(config),
     };
     match result {
         Ok(()) => ExitCode::from(DONE),

@@ -7,14 +7,15 @@ use std::net::TcpListener;
 use std::sync::Arc;
 
 use tandem_engine::{
-    BackendInfo, DType, EngineConfig, EngineHandle, EngineOptions, EnginePlan, Environment, FixedSeeds,
-    GenerationConfig, GroupStatus, Inspected, LeadOptions, LoadError, ModelDType, ModelInfo, ModelOptions,
+    BackendInfo, DType, DeviceChoice, EngineConfig, EngineHandle, EngineOptions, EnginePlan, Environment,
+    FixedSeeds, GenerationConfig, GroupStatus, Inspected, LeadOptions, LoadError, ModelDType, ModelInfo,
+    ModelOptions,
 };
 
 use super::Exit;
 use crate::config::{
-    Activations, CommonConfig, ConfigError, Dtype, GroupConfig, Isa, KvCacheDtype, LoadFormat, Quantization,
-    WeightType,
+    Activations, CommonConfig, ConfigError, Device, Dtype, GroupConfig, Isa, KvCacheDtype, LoadFormat,
+    Quantization, WeightType,
 };
 use crate::text::{ChatTemplate, TextError, Tokenizer};
 
@@ -213,6 +214,12 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
             KvCacheDtype::Int8 => Some(tandem_engine::KvDType::Int8),
             KvCacheDtype::Auto => None,
         },
+        device: match config.device {
+            Device::Auto => DeviceChoice::Auto,
+            Device::Cpu => DeviceChoice::Cpu,
+            Device::Cuda => DeviceChoice::Cuda,
+        },
+        device_ordinal: 0,
         isa: match config.isa {
             Isa::Auto => None,
             Isa::Amx => Some(tandem_engine::Isa::Amx),
@@ -235,6 +242,8 @@ pub(super) fn engine_options(config: &CommonConfig, max_queued_requests: usize) 
         max_num_batched_tokens: config.max_num_batched_tokens,
         block_size: config.block_size,
         kv_cache_memory_bytes: config.kv_cache_memory_bytes,
+        gpu_memory_utilization: config.gpu_memory_utilization,
+        enforce_eager: config.enforce_eager,
         prefix_caching: config.prefix_caching,
         max_queued_requests,
         max_queued_bytes: MAX_QUEUED_BYTES,

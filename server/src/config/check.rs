@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::error::{ConfigError, Origin};
 use super::flags::{
-    ComputeFlags, LogFlags, MemoryFlags, ModelFlags, ModelOptions, RankFlags, RunFlags, SchedulingFlags,
-    ServeFlags,
+    ComputeFlags, KernelsFlags, LogFlags, MemoryFlags, ModelFlags, ModelOptions, RankFlags, RunFlags,
+    SchedulingFlags, ServeFlags,
 };
 use super::identity::{self, GroupConfig};
 use super::layers::{Environment, Origins};
@@ -58,6 +58,12 @@ pub struct CommonConfig {
     pub prefix_caching: bool,
     /// Sequences in one step.
     pub max_num_seqs: usize,
+    /// What computes.
+    pub device: Device,
+    /// No graphs on a GPU.
+    pub enforce_eager: bool,
+    /// Share of a GPU's memory that may be used, 0 to 1.
+    pub gpu_memory_utilization: f64,
     /// Query tokens in one step.
     pub max_num_batched_tokens: usize,
     /// Form of the log.
@@ -90,6 +96,21 @@ pub struct ServeConfig {
     pub shutdown_timeout: Duration,
     /// This pod's place in a tensor-parallel group, if there is one.
     pub group: Option<GroupConfig>,
+}
+
+/// `tandem kernels`.
+#[derive(Debug, Clone)]
+pub struct KernelsConfig {
+    /// Architectures as the compiler names them.
+    pub arch: Vec<String>,
+    /// Check kernels on the GPU instead of compiling for others.
+    pub check: bool,
+    /// Form of the log.
+    pub log_format: LogFormat,
+    /// Filter of the log, if one was given.
+    pub log_level: Option<String>,
+    /// Where each value was written.
+    pub origins: Origins,
 }
 
 /// `tandem rank`.
@@ -135,6 +156,19 @@ impl CommonConfig {
     pub(crate) fn log(&self) -> (LogFormat, Option<&str>) {
         (self.log_format, self.log_level.as_deref())
     }
+}
+
+pub(super) fn kernels(flags: KernelsFlags, origins: &Origins) -> Result<KernelsConfig, ConfigError> {
+    if let Some(filter) = &flags.log.log_level {
+        check_log_filter(filter).map_err(|message| refuse(origins, "log-level", &message))?;
+    }
+    Ok(KernelsConfig {
+        arch: flags.arch,
+        check: flags.check,
+        log_format: flags.log.log_format,
+        log_level: flags.log.log_level,
+        origins: origins.clone(),
+    })
 }
 
 pub(super) fn rank(
@@ -229,9 +263,6 @@ pub(super) fn common(
     if memory.block_size != BLOCK_SIZE {
         return Err(refuse("block-size", "only 16 is possible; leave the flag out"));
     }
-    if compute.device == Device::Cuda {
-        return Err(refuse("device", "this build computes on the CPU only; use cpu or auto"));
-    }
     if compute.isa == Isa::Neon {
         return Err(refuse("isa", "neon is not supported by this build; use auto or scalar"));
     }
@@ -268,6 +299,9 @@ pub(super) fn common(
         dtype: options.dtype,
         activations: compute.activations,
         kv_cache_dtype: memory.kv_cache_dtype,
+        device: compute.device,
+        enforce_eager: compute.enforce_eager,
+        gpu_memory_utilization: memory.gpu_memory_utilization,
         isa: compute.isa,
         threads: compute.threads.map(usize::from),
         seed: options.seed,

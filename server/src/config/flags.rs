@@ -13,7 +13,8 @@ use clap::{Arg, ArgAction, Args, CommandFactory, Parser, Subcommand};
 use super::bench::{Endpoint, OutputFormat};
 use super::layers;
 use super::values::{
-    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType, byte_size,
+    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
+    byte_size, share,
 };
 
 const MODEL: &str = "Model";
@@ -59,6 +60,8 @@ pub(super) enum CommandFlags {
     Bench(Box<BenchFlags>),
     /// Say whether machine, model and configuration fit, and what would be used.
     Check(Box<ServeFlags>),
+    /// Compile the GPU kernels into the cache, for image builds: needs NVRTC, and no GPU.
+    Kernels(Box<KernelsFlags>),
     /// One rank of a group; `serve` starts it.
     #[command(hide = true)]
     Rank(Box<RankFlags>),
@@ -133,6 +136,10 @@ pub(super) struct ComputeFlags {
     /// What computes
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = COMPUTE)]
     pub(super) device: Device,
+    /// On a GPU: queue every operation by itself instead of recorded steps
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_possible_values = true, help_heading = COMPUTE)]
+    pub(super) enforce_eager: bool,
     /// Type that quantised weights are multiplied with
     #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = COMPUTE)]
     pub(super) activations: Activations,
@@ -152,6 +159,9 @@ pub(super) struct MemoryFlags {
     /// Memory for KV, e.g. 4GiB [default: what the limits below need, at most 25 % of free memory and 4 GiB]
     #[arg(long, value_name = "BYTES", value_parser = byte_size, help_heading = MEMORY)]
     pub(super) kv_cache_memory_bytes: Option<u64>,
+    /// Share of a GPU's memory for weights, KV and workspace together
+    #[arg(long, value_name = "SHARE", default_value = "0.9", value_parser = share, help_heading = MEMORY)]
+    pub(super) gpu_memory_utilization: f64,
     /// Type of KV; auto is f32 with --dtype f32, else bf16
     #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = MEMORY)]
     pub(super) kv_cache_dtype: KvCacheDtype,
@@ -225,6 +235,20 @@ pub(super) struct ServeFlags {
     /// Seconds that running requests get to finish on SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = whole(0, 86_400), help_heading = SERVER)]
     pub(super) shutdown_timeout: u64,
+    #[command(flatten)]
+    pub(super) log: LogFlags,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct KernelsFlags {
+    /// Compute capabilities to compile for
+    #[arg(long, value_name = "ARCH", num_args = 1.., value_delimiter = ',',
+          default_value = "sm_80,sm_89,sm_90a,sm_100a", help_heading = COMPUTE)]
+    pub(super) arch: Vec<String>,
+    /// Check every kernel on the GPU against plain loops instead
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_possible_values = true, help_heading = COMPUTE)]
+    pub(super) check: bool,
     #[command(flatten)]
     pub(super) log: LogFlags,
 }

@@ -17,7 +17,7 @@ mod values;
 pub use bench::{
     BaseUrl, BenchConfig, BenchLoad, BenchTarget, Endpoint, OutputFormat, PerplexityConfig, ServerTarget,
 };
-pub use check::{CommonConfig, RankConfig, RunConfig, ServeConfig};
+pub use check::{CommonConfig, KernelsConfig, RankConfig, RunConfig, ServeConfig};
 pub use error::{ConfigError, Origin};
 pub use identity::GroupConfig;
 pub use layers::{Environment, Origins, environment_of_process};
@@ -40,6 +40,8 @@ pub enum Command {
     Bench(Box<BenchConfig>),
     /// `tandem check`: its own configuration, if that alone can be made sense of, and everything wrong with it.
     Check(Box<ServeConfig>),
+    /// `tandem kernels`
+    Kernels(KernelsConfig),
     /// `tandem rank`: one rank of a group, started by its pod's `serve`.
     Rank(Box<RankConfig>),
 }
@@ -81,6 +83,7 @@ pub fn parse(arguments: Vec<OsString>, environment: &Environment) -> Result<Pars
         flags::CommandFlags::Rank(flags) => {
             check::rank(*flags, origins, environment).map(|c| Command::Rank(Box::new(c)))
         }
+        flags::CommandFlags::Kernels(flags) => check::kernels(*flags, origins).map(Command::Kernels),
         flags::CommandFlags::Run(flags) => check::run(*flags, origins).map(|c| Command::Run(Box::new(c))),
         flags::CommandFlags::Bench(flags) => {
             bench::bench(*flags, origins).map(|c| Command::Bench(Box::new(c)))

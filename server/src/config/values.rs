@@ -9,8 +9,7 @@ pub enum Device {
     Auto,
     /// The CPU.
     Cpu,
-    /// An NVIDIA GPU. Refused, like the other hidden values, with a reason instead of as unknown.
-    #[value(hide = true)]
+    /// An NVIDIA GPU.
     Cuda,
 }
 
@@ -132,6 +131,15 @@ pub enum LogFormat {
     Text,
     /// One object a line.
     Json,
+}
+
+/// A share of a whole: above 0, at most 1.
+pub(super) fn share(text: &str) -> Result<f64, String> {
+    let value: f64 = text.trim().parse().map_err(|_| "not a number; write e.g. 0.9".to_owned())?;
+    match value > 0.0 && value <= 1.0 {
+        true => Ok(value),
+        false => Err(format!("{value} is not above 0 and at most 1; write e.g. 0.9")),
+    }
 }
 
 /// Bytes out of `4GiB`, `512 MiB`, `4G`, `1.5GB` or a plain number. `K`, `M`, `G`, `T` and `KiB` … are powers of

@@ -368,6 +368,7 @@ mod tests {
     fn shares_are_against_the_limit_that_binds() {
         let backend = BackendInfo {
             backend: "cpu",
+            device: None,
             ranks: 1,
             isa: "scalar",
             threads: 1,

@@ -1,0 +1,308 @@
+//! Tokens from logits that are on the device: rows and their lists go over in one copy, token ids come back.
+
+use super::launcher::{self as sampling, Answers, SampleLists, SampleRow, TokenBias, UsedToken, status};
+use super::{Cuda, CudaError, DeviceBuffer, DeviceSlice, PinnedBuffer, Runner};
+
+/// Entries of each kind of list that all rows of a step may have together.
+const MAX_ENTRIES: usize = 256 * 1024;
+
+/// Draws on a device.
+#[derive(Debug)]
+pub struct Sampler {
+    vocab_size: usize,
+    max_rows: usize,
+    host: PinnedBuffer,
+    device: DeviceBuffer,
+    /// f32 `[rows, V]`.
+    workspace: DeviceBuffer,
+    /// u64 `[rows]`.
+    keys: DeviceBuffer,
+    /// i32 `[rows]` tokens, then status.
+    answers: DeviceBuffer,
+    answered: PinnedBuffer,
+    lists: Lists,
+    rows: Vec<SampleRow>,
+    /// Whether every row is that of its number and takes the largest logit as it is.
+    is_plain: bool,
+    answers_expected: usize,
+}
+
+#[derive(Debug, Default)]
+struct Lists {
+    used: Vec<UsedToken>,
+    bias: Vec<TokenBias>,
+    allowed: Vec<i32>,
+    banned: Vec<i32>,
+}
+
+/// What came of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drawn {
+    Token(u32),
+    /// A logit is NaN, or the largest is not finite.
+    NotFinite,
+    /// No token is left to draw.
+    AllMasked,
+}
+
+/// A list of a row: where it begins, and how long it is.
+pub type Span = (i32, i32);
+
+impl Sampler {
+    /// Takes the memory for steps of at most `max_rows` rows.
+    ///
+    /// # Errors
+    /// [`CudaError`]: memory.
+    pub fn new(cuda: &Cuda, vocab_size: usize, max_rows: usize) -> Result<Self, CudaError> {
+        let places = Places::new(max_rows);
+        let keys = cuda.alloc_zeroed(8 * max_rows)?;
+        Ok(Self {
+            vocab_size,
+            max_rows,
+            host: cuda.alloc_pinned(places.end)?,
+            device: cuda.alloc(places.end)?,
+            workspace: cuda.alloc(4 * max_rows * vocab_size)?,
+            keys,
+            answers: cuda.alloc(8 * max_rows)?,
+            answered: cuda.alloc_pinned(8 * max_rows)?,
+            lists: Lists::default(),
+            rows: Vec::with_capacity(max_rows),
+            is_plain: true,
+            answers_expected: 0,
+        })
+    }
+
+    /// Begins the rows of a step.
+    pub fn clear(&mut self) {
+        let Lists { used, bias, allowed, banned } = &mut self.lists;
+        used.clear();
+        bias.clear();
+        allowed.clear();
+        banned.clear();
+        self.rows.clear();
+        self.is_plain = true;
+    }
+
+    /// Rows of this step so far.
+    pub fn num_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether lists of these lengths fit beside those of the step so far, and one more row.
+    pub fn has_room(&self, used: usize, bias: usize, allowed: usize, banned: usize) -> bool {
+        let Lists { used: u, bias: b, allowed: a, banned: n } = &self.lists;
+        let fits = |has: usize, more: usize| has + more <= MAX_ENTRIES;
+        self.rows.len() < self.max_rows
+            && fits(u.len(), used)
+            && fits(b.len(), bias)
+            && fits(a.len(), allowed)
+            && fits(n.len(), banned)
+    }
+
+    /// Adds tokens of the sequence so far, each once; where they are.
+    pub fn used(&mut self, tokens: impl Iterator<Item = UsedToken>) -> Span {
+        span(&mut self.lists.used, tokens)
+    }
+
+    /// Adds biases; a token that is listed twice has the sum of both.
+    pub fn bias(&mut self, biases: impl Iterator<Item = TokenBias>) -> Span {
+        let mut all: Vec<TokenBias> = biases.collect();
+        all.sort_by_key(|bias| bias.token);
+        all.dedup_by(|next, first| {
+            let is_same = next.token == first.token;
+            if is_same {
+                first.bias += next.bias;
+            }
+            is_same
+        });
+        span(&mut self.lists.bias, all.into_iter())
+    }
+
+    /// Adds the tokens that may be drawn.
+    pub fn allowed(&mut self, tokens: &[u32]) -> Span {
+        span(&mut self.lists.allowed, sorted(tokens))
+    }
+
+    /// Adds tokens that may not.
+    pub fn banned(&mut self, tokens: &[u32]) -> Span {
+        span(&mut self.lists.banned, sorted(tokens))
+    }
+
+    /// Adds a row.
+    ///
+    /// # Panics
+    /// If there are as many as may be.
+    pub fn push(&mut self, row: SampleRow) {
+        assert!(self.rows.len() < self.max_rows, "{} rows of a step", self.rows.len());
+        let is_bare = row.temperature == 0.0
+            && (row.num_used, row.num_bias, row.num_allowed, row.num_banned) == (0, 0, -1, 0);
+        self.is_plain &= is_bare && row.logits_row as usize == self.rows.len();
+        self.rows.push(row);
+    }
+
+    /// Queues the draws of the rows from `logits` f32 `[R, V]`.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn draw(&mut self, runner: &Runner, logits: DeviceSlice<'_, f32>) -> Result<(), CudaError> {
+        let num_rows = self.rows.len();
+        self.answers_expected = num_rows;
+        if num_rows == 0 {
+            return Ok(());
+        }
+        let tokens = self.answers.as_slice::<i32>().address();
+        let answers = Answers { tokens, status: tokens + 4 * self.max_rows as u64 };
+        if self.is_plain {
+            let keys = self.keys.as_slice::<u64>().address();
+            for launch in sampling::argmax(answers, keys, logits.address(), num_rows, self.vocab_size) {
+                runner.launch(&launch)?;
+            }
+        } else {
+            let places = Places::new(self.max_rows);
+            let Lists { used, bias, allowed, banned } = &self.lists;
+            let words = self.host.write::<i32>(0, places.end / 4)?;
+            let filled = [
+                (places.rows, fill(words, places.rows, self.rows.iter().map(words_of_row))),
+                (places.used, fill(words, places.used, used.iter().map(words_of_used))),
+                (places.bias, fill(words, places.bias, bias.iter().map(words_of_bias))),
+                (places.allowed, fill(words, places.allowed, allowed.iter().map(|id| [*id]))),
+                (places.banned, fill(words, places.banned, banned.iter().map(|id| [*id]))),
+            ];
+            for (place, len) in filled.into_iter().filter(|(_, len)| *len > 0) {
+                self.device.slice::<i32>(place, len).upload(&mut self.host, place)?;
+            }
+            let at = |place: usize| self.device.slice::<u8>(place, 0).address();
+            let lists = SampleLists {
+                used: at(places.used),
+                bias: at(places.bias),
+                allowed: at(places.allowed),
+                banned: at(places.banned),
+            };
+            let workspace = self.workspace.as_slice::<f32>().address();
+            let rows = at(places.rows);
+            let logits = logits.address();
+            runner.launch(&sampling::sample(
+                answers,
+                workspace,
+                logits,
+                rows,
+                lists,
+                num_rows,
+                self.vocab_size,
+            ))?;
+        }
+        self.answers.as_slice::<i32>().download(&mut self.answered, 0)
+    }
+
+    /// Whether the draws are done, without waiting.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn is_ready(&self) -> Result<bool, CudaError> {
+        self.answered.is_ready()
+    }
+
+    /// What came of each row, in their order; waits for it.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn answers(&mut self) -> Result<impl Iterator<Item = Drawn> + '_, CudaError> {
+        let (num_rows, max_rows) = (self.answers_expected, self.max_rows);
+        let all = self.answered.read::<i32>(0, 2 * max_rows)?;
+        Ok((0..num_rows).map(move |row| match (all[row], all[max_rows + row]) {
+            (token, status::OK) if token >= 0 => Drawn::Token(token.cast_unsigned()),
+            (_, status::ALL_MASKED) => Drawn::AllMasked,
+            _ => Drawn::NotFinite,
+        }))
+    }
+}
+
+/// Where rows and lists begin, in bytes.
+struct Places {
+    rows: usize,
+    used: usize,
+    bias: usize,
+    allowed: usize,
+    banned: usize,
+    end: usize,
+}
+
+impl Places {
+    fn new(max_rows: usize) -> Self {
+        const ALIGN: usize = 256;
+        let mut end = 0;
+        let mut place = |count: usize, bytes: usize| {
+            let at = end;
+            end += (count * bytes).next_multiple_of(ALIGN);
+            at
+        };
+        Self {
+            rows: place(max_rows, size_of::<SampleRow>()),
+            used: place(MAX_ENTRIES, size_of::<UsedToken>()),
+            bias: place(MAX_ENTRIES, size_of::<TokenBias>()),
+            allowed: place(MAX_ENTRIES, 4),
+            banned: place(MAX_ENTRIES, 4),
+            end,
+        }
+    }
+}
+
+/// Writes values of `N` words from byte `place` on; how many words.
+fn fill<const N: usize>(
+    words: &mut [i32],
+    place: usize,
+    values: impl ExactSizeIterator<Item = [i32; N]>,
+) -> usize {
+    let len = values.len() * N;
+    let (to, _) = words[place / 4..][..len].as_chunks_mut::<N>();
+    to.iter_mut().zip(values).for_each(|(to, value)| *to = value);
+    len
+}
+
+/// In the order of the fields, which is that of the kernel's.
+fn words_of_row(row: &SampleRow) -> [i32; 20] {
+    let float = |value: f32| value.to_bits().cast_signed();
+    [
+        row.logits_row,
+        float(row.temperature),
+        row.top_k,
+        float(row.top_p),
+        float(row.min_p),
+        float(row.repetition_penalty),
+        float(row.presence_penalty),
+        float(row.frequency_penalty),
+        row.seed_low.cast_signed(),
+        row.seed_high.cast_signed(),
+        row.position.cast_signed(),
+        row.choice.cast_signed(),
+        row.first_used,
+        row.num_used,
+        row.first_bias,
+        row.num_bias,
+        row.first_allowed,
+        row.num_allowed,
+        row.first_banned,
+        row.num_banned,
+    ]
+}
+
+fn words_of_used(used: &UsedToken) -> [i32; 3] {
+    [used.token, used.in_prompt, used.output_count]
+}
+
+fn words_of_bias(bias: &TokenBias) -> [i32; 2] {
+    [bias.token, bias.bias.to_bits().cast_signed()]
+}
+
+fn span<T>(list: &mut Vec<T>, entries: impl Iterator<Item = T>) -> Span {
+    let first = list.len();
+    list.extend(entries);
+    (first as i32, (list.len() - first) as i32)
+}
+
+fn sorted(tokens: &[u32]) -> impl Iterator<Item = i32> {
+    let mut tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens.into_iter()
+}

@@ -1,0 +1,35 @@
+//! The text of the kernels.
+
+/// A file of kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// What a [`Launch`](super::launcher::Launch) names.
+    pub module: &'static str,
+    pub text: &'static str,
+}
+
+/// Precedes the text of every module when it is compiled.
+pub const PRELUDE: &str = include_str!("../../cu/common.cuh");
+
+macro_rules! sources {
+    ($($module:literal),* $(,)?) => {
+        /// All modules; each is compiled by itself.
+        pub const SOURCES: &[Source] =
+            &[$(Source { module: $module, text: include_str!(concat!("../../cu/", $module, ".cu")) }),*];
+    };
+}
+
+sources!(
+    "activation",
+    "all_reduce",
+    "argmax",
+    "attention_decode",
+    "attention_prefill",
+    "blocks",
+    "embed",
+    "gemv",
+    "norm",
+    "quantize",
+    "rope",
+    "sample",
+);

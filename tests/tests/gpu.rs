@@ -1,0 +1,201 @@
+//! The GPU's backend in the real server, on a stand-in that runs its kernels on the CPU: what it computes, that its ways of computing
+//! agree, and what happens where there is no GPU.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tandem_tests::golden_path;
+use tandem_tests::pods::replace_flags;
+use tandem_tests::server::Server;
+use tandem_tests::stand_in;
+
+/// Of a stand-in's GPU.
+const MEMORY: u64 = 4 << 30;
+const SMALL: [&str; 10] = [
+    "--max-model-len",
+    "256",
+    "--max-num-seqs",
+    "12",
+    "--max-num-batched-tokens",
+    "48",
+    "--kv-cache-memory-bytes",
+    "8MiB",
+    "--load-format",
+    "dummy",
+];
+
+/// One at a time: a GPU that is a CPU leaves nothing for others.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn start(model: &str, device: &str, arguments: &[&str]) -> Server {
+    let model = golden_path(model);
+    let mut all = [model.to_str().expect("UTF-8"), "--device", device].map(str::to_owned).to_vec();
+    all.extend(SMALL.map(str::to_owned));
+    replace_flags(&mut all, arguments);
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    let environment = if device == "cpu" { vec![] } else { stand_in::environment(1, MEMORY) };
+    let server = Server::spawn_with(&all, &environment);
+    server.wait_until_ready();
+    server
+}
+
+fn prompt(seed: usize, len: usize) -> Vec<usize> {
+    (0..len).map(|i| 3 + (seed * 7919 + i * i * 31 + i * 17) % 490).collect()
+}
+
+fn complete(server: &Server, body: Value) -> Value {
+    let response = server.post("/v1/completions", &body);
+    assert_eq!(response.status, 200, "{}", response.body);
+    response.json()
+}
+
+/// Log-probabilities of a prompt's tokens but the first.
+fn scores(server: &Server, prompt: &[usize]) -> Vec<f64> {
+    let body = json!({ "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": true, "logprobs": 0 });
+    let answer = complete(server, body);
+    let all = answer["choices"][0]["logprobs"]["token_logprobs"].as_array().expect("scores").clone();
+    all[1..prompt.len()].iter().map(|score| score.as_f64().expect("a number")).collect()
+}
+
+fn tokens(answer: &Value) -> Vec<u64> {
+    let ids = answer["choices"][0]["token_ids"].as_array().expect("token ids");
+    ids.iter().map(|id| id.as_u64().expect("an id")).collect()
+}
+
+fn sampled(server: &Server, seed: usize, more: Value) -> Vec<u64> {
+    let mut body = json!({
+        "prompt": prompt(seed, 5 + 9 * seed), "max_tokens": 12, "seed": seed, "ignore_eos": true, "return_token_ids": true,
+    });
+    body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    tokens(&complete(server, body))
+}
+
+#[test]
+fn a_gpu_gives_the_numbers_of_a_cpu() {
+    let _turn = turn();
+    for (model, weights) in [
+        ("dummy-d64", &["--dummy-weights", "bf16"][..]),
+        ("dummy-d128", &["--dummy-weights", "bf16"]),
+        ("dummy-d64", &["--dummy-weights", "q8_0"]),
+        ("dummy-d64", &["--dummy-weights", "q4_0"]),
+        ("dummy-d128", &["--dummy-weights", "q4_1"]),
+    ] {
+        let exact = start(model, "cpu", &[weights, &["--dtype", "f32"]].concat());
+        let gpu = start(model, "cuda", weights);
+        // Of a chunk, of several, and of so few tokens that products read their weights by themselves.
+        for len in [5, 40, 130] {
+            let prompt = prompt(len, len);
+            let (expected, found) = (scores(&exact, &prompt), scores(&gpu, &prompt));
+            let apart: Vec<f64> = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).collect();
+            let worst = apart.iter().copied().fold(0.0, f64::max);
+            let mean = apart.iter().sum::<f64>() / apart.len() as f64;
+            println!("{model} {weights:?}, {len} tokens: {mean:.4} apart on average, {worst:.4} at most");
+            // What rounding to bf16 does; a wrong kernel is apart by whole units.
+            assert!(mean < 0.02 && worst < 0.12, "{model} {weights:?}: {worst} apart in {len} tokens");
+            assert!(worst > 0.0, "the same bits: this was no GPU");
+        }
+    }
+}
+
+/// Steps that are replayed and steps that are queued operation by operation are the same operations.
+#[test]
+fn graphs_change_nothing() {
+    let _turn = turn();
+    let [with, without] = [&[][..], &["--enforce-eager"]].map(|more| start("dummy-d64", "cuda", more));
+    for seed in 0..3 {
+        let settings = json!({ "temperature": 0.8, "top_p": 0.9 });
+        assert_eq!(sampled(&with, seed, settings.clone()), sampled(&without, seed, settings));
+    }
+    let prompt = prompt(1, 60);
+    assert_eq!(scores(&with, &prompt), scores(&without, &prompt));
+}
+
+/// A draw on the GPU is that of the host, which answers as soon as log-probabilities are wanted, too.
+#[test]
+fn tokens_are_drawn_as_on_the_host() {
+    let _turn = turn();
+    let server = start("dummy-d64", "cuda", &[]);
+    let settings = [
+        json!({ "temperature": 0 }),
+        json!({ "temperature": 1.0 }),
+        json!({ "temperature": 0.7, "top_k": 20 }),
+        json!({ "temperature": 1.3, "top_p": 0.8, "min_p": 0.02 }),
+        json!({ "temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4 }),
+        json!({ "temperature": 0, "frequency_penalty": 1.5, "logit_bias": { "17": 5.0, "40": -100.0 } }),
+        json!({ "temperature": 1.0, "allowed_token_ids": [9, 8, 7, 300, 301, 302] }),
+        json!({ "temperature": 0, "min_tokens": 8, "stop_token_ids": [285, 20, 52] }),
+    ];
+    for (seed, settings) in settings.into_iter().enumerate() {
+        let mut with_scores = settings.clone();
+        with_scores["logprobs"] = json!(1);
+        assert_eq!(
+            sampled(&server, seed, settings.clone()),
+            sampled(&server, seed, with_scores),
+            "{settings}"
+        );
+    }
+}
+
+/// Requests of all kinds at once: prompts in chunks beside decodes, choices that share a prompt, cached prefixes, preemption.
+#[test]
+fn many_requests_at_once_are_all_answered() {
+    let _turn = turn();
+    let server = start("dummy-d64", "cuda", &["--kv-cache-memory-bytes", "640KiB"]);
+    let alone: Vec<Vec<u64>> =
+        (0..6).map(|seed| sampled(&server, seed, json!({ "temperature": 0 }))).collect();
+    std::thread::scope(|scope| {
+        let requests: Vec<_> = (0..12)
+            .map(|request| {
+                let server = &server;
+                let more = json!({ "temperature": 0, "n": 1 + request % 2 });
+                scope.spawn(move || sampled(server, request % 6, more))
+            })
+            .collect();
+        for (request, answer) in requests.into_iter().enumerate() {
+            let (answer, alone) = (answer.join().expect("an answer"), &alone[request % 6]);
+            assert_eq!(answer.len(), alone.len());
+            // Other products for other numbers of rows round otherwise; where the first tokens differ, more than rounding does.
+            assert_eq!(answer[0], alone[0], "request {request}");
+        }
+    });
+    assert_eq!(server.metric("llm_requests_errored_total"), 0.0);
+    assert_eq!(server.metric("llm_requests_completed_total"), 18.0);
+}
+
+#[test]
+fn without_a_gpu_the_cpu_computes_or_the_reason_is_told() {
+    let _turn = turn();
+    let model = golden_path("dummy-d64");
+    let all = [&[model.to_str().expect("UTF-8"), "--device", "cuda"][..], &SMALL].concat();
+    let refuse = |environment: &[(String, String)]| {
+        let mut server = Server::spawn_with(&all, environment);
+        let status = server.wait(Duration::from_secs(30));
+        assert_eq!(status.code(), Some(2), "{}", server.output());
+        server.output()
+    };
+    let no_driver = refuse(&[]);
+    assert!(no_driver.contains("--device") && no_driver.contains("no CUDA driver"), "{no_driver}");
+    let nothing = refuse(&stand_in::environment(0, MEMORY));
+    assert!(nothing.contains("sees no GPU"), "{nothing}");
+    let small = refuse(&stand_in::environment(1, 1 << 28));
+    assert!(small.contains("gpu-memory-utilization"), "{small}");
+
+    let automatic = Server::start(&[&[model.to_str().expect("UTF-8")][..], &SMALL].concat());
+    assert!(automatic.output().contains("backend   cpu"), "{}", automatic.output());
+}
+
+#[test]
+fn options_of_the_cpu_are_refused_on_a_gpu() {
+    let _turn = turn();
+    let model = golden_path("dummy-d64");
+    for (option, value) in [("--dtype", "f32"), ("--activations", "int8"), ("--kv-cache-dtype", "int8")] {
+        let all = [&[model.to_str().expect("UTF-8"), option, value][..], &SMALL].concat();
+        let mut server = Server::spawn_with(&all, &stand_in::environment(1, MEMORY));
+        assert_eq!(server.wait(Duration::from_secs(30)).code(), Some(2));
+        assert!(server.output().contains(option), "{}", server.output());
+    }
+}
