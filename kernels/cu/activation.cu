@@ -4,6 +4,7 @@
 // A thread makes 8 values; reads 4·I and writes 2·I bytes a token.
 
 KERNEL(silu_mul, 256, bf16* out, const bf16* gate_up, int intermediate_size) {
+    wait_for_previous_launch();
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (i >= intermediate_size) return;
     const bf16* row = gate_up + static_cast<size_t>(blockIdx.x) * 2 * intermediate_size;

@@ -63,10 +63,12 @@ DEVICE void all_reduce(T* out, const T* input, const u64* buffers, const u64* fl
 
 KERNEL_RESIDENT(one_shot_all_reduce_bf16, 512, 2, bf16* out, const bf16* input, const u64* buffers, const u64* flags, u32* epochs,
        const u32* abort, int rank, int world_size, int count, u64 capacity) {
+    wait_for_previous_launch();
     all_reduce(out, input, buffers, flags, epochs, abort, rank, world_size, count, capacity);
 }
 
 KERNEL_RESIDENT(one_shot_all_reduce_f32, 512, 2, float* out, const float* input, const u64* buffers, const u64* flags, u32* epochs,
        const u32* abort, int rank, int world_size, int count, u64 capacity) {
+    wait_for_previous_launch();
     all_reduce(out, input, buffers, flags, epochs, abort, rank, world_size, count, capacity);
 }

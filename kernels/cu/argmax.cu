@@ -10,23 +10,25 @@ static constexpr int THREADS = 256;
 static constexpr int SPAN = 16 * THREADS;
 
 KERNEL(argmax_span, 256, u64* keys, const float* logits, int vocab_size) {
+    wait_for_previous_launch();
     __shared__ u64 scratch[THREADS / WARP];
     const float* row = logits + static_cast<size_t>(blockIdx.y) * vocab_size;
     const int first = blockIdx.x * SPAN + threadIdx.x, end = min_of(vocab_size, (blockIdx.x + 1) * SPAN);
     u64 best = 0;
 #pragma unroll 8
     for (int token = first; token < end; token += THREADS)
-        best = Max{}(best, static_cast<u64>(ordered_bits(row[token])) << 32 | ~static_cast<u32>(token));
+        best = Max{}(best, key_of(row[token], token));
     best = block_reduce(best, Max{}, scratch);
     if (threadIdx.x == 0) atomic_max(keys + blockIdx.y, best);
 }
 
 KERNEL(argmax_finish, 256, int* tokens, int* status, u64* keys, int num_rows) {
+    wait_for_previous_launch();
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= num_rows) return;
     const u64 key = keys[row];
-    const bool good = is_finite(float_of_ordered(static_cast<u32>(key >> 32)));
-    tokens[row] = good ? static_cast<int>(~static_cast<u32>(key)) : -1;
+    const bool good = is_finite(logit_of(key));
+    tokens[row] = good ? static_cast<int>(token_of(key)) : -1;
     status[row] = good ? 0 : 1;
     keys[row] = 0;
 }

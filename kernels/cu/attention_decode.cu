@@ -94,6 +94,7 @@ template <int D, class Kv>
 DEVICE void attend(bf16* out, float* partial_acc, float* partial_max, float* partial_sum, const bf16* qkv,
                    const Kv* k_cache, const Kv* v_cache, const int* cu_seqlens, const int* context_lens,
                    const int* block_tables, const Shape& shape, float* shared) {
+    wait_for_previous_launch();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int split = blockIdx.x % shape.num_splits, first_row = blockIdx.x / shape.num_splits * ROWS;
     const int kv_head = blockIdx.y, sequence = blockIdx.z;
@@ -290,6 +291,7 @@ DECODE_KERNEL(attention_decode_fp8_d128, 128, fp8)
 // no sequence are left alone.
 KERNEL(attention_combine, 32, bf16* out, const float* partial_acc, const float* partial_max, const float* partial_sum,
        const int* cu_seqlens, int num_sequences, int num_splits, int head_dim) {
+    wait_for_previous_launch();
     if (static_cast<int>(blockIdx.x) >= cu_seqlens[num_sequences]) return;
     const int d = threadIdx.x * 8;
     if (d >= head_dim) return;

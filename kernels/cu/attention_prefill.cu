@@ -94,6 +94,7 @@ DEVICE void add_values(float (&acc)[D / 8][4], const float (&p)[KEYS / 8][4], bf
 template <int D, class Kv>
 DEVICE void attend(bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_cache, const int* cu_seqlens,
                    const int* context_lens, const int* block_tables, const Shape& shape, bf16* shared) {
+    wait_for_previous_launch();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     // Late rows see the most keys, so they begin first.
     const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS, kv_head = blockIdx.y, sequence = blockIdx.z;

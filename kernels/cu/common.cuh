@@ -30,6 +30,16 @@ static constexpr float LOG2_E = 1.4426950408889634f;
 // Memory whose size is given at launch.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
+// Before the first read of what an earlier launch wrote, and before the first write. Where the host launches with
+// programmatic stream serialization (sm_90 on), blocks begin while the launch before still runs, and wait here until it is
+// over; otherwise this does nothing. Every thread calls it, so that a launch is not over before those it builds on.
+DEVICE void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
@@ -301,6 +311,29 @@ DEVICE int sequence_of(const int* cu_seqlens, int num_sequences, int token) {
         if (cu_seqlens[middle] <= token) low = middle; else high = middle;
     }
     return low;
+}
+
+// -------------------------------------------------------------------------------------------- rows of logits
+
+// Larger the earlier a token stands in descending order of logits, equal ones by ascending id.
+DEVICE u64 key_of(float logit, u32 token) { return static_cast<u64>(ordered_bits(logit)) << 32 | ~token; }
+DEVICE float logit_of(u64 key) { return float_of_ordered(static_cast<u32>(key >> 32)); }
+DEVICE u32 token_of(u64 key) { return ~static_cast<u32>(key); }
+
+// Calls f(token, logit) for this thread's share of the row. Loads go out eight at a time: one after the other, a pass would
+// be nothing but waiting for the L2 cache.
+template <int THREADS, class F>
+DEVICE void for_each_logit(const float* row, int vocab_size, F f) {
+    constexpr int AT_ONCE = 8;
+    int token = threadIdx.x;
+    for (; token + (AT_ONCE - 1) * THREADS < vocab_size; token += AT_ONCE * THREADS) {
+        float x[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) x[i] = row[token + i * THREADS];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) f(token + i * THREADS, x[i]);
+    }
+    for (; token < vocab_size; token += THREADS) f(token, row[token]);
 }
 
 // ----------------------------------------------------------------------------------------------- random bits

@@ -7,6 +7,7 @@
 
 KERNEL(embed, 512, float* hidden, const bf16* table, const int* token_ids, int hidden_size, int vocab_begin,
        int vocab_end) {
+    wait_for_previous_launch();
     const int id = token_ids[blockIdx.x];
     const bool ours = id >= vocab_begin && id < vocab_end;
     float* row = hidden + static_cast<size_t>(blockIdx.x) * hidden_size;

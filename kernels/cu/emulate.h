@@ -5,6 +5,7 @@
 // * blocks, warps and lanes run in an order drawn from the launch's seed, so that a missing barrier shows;
 // * shared memory is filled with NaN before each block, and a background copy happens as late as it may, over NaN;
 // * all threads of a block or warp must reach each barrier or warp operation, the same one, and none may have left;
+// * every thread must have waited for the launch before;
 // * accesses of 4 to 16 bytes must be aligned, and rows of ldmatrix must be free of bank conflicts.
 //
 // Blocks of one launch run one after the other. Launches that are made together run side by side, as all-reduces of several
@@ -74,6 +75,7 @@ struct Fiber {
     Block* block;
     std::vector<Copy> copies;
     int groups;
+    bool has_waited;
 };
 
 struct Warp {
@@ -153,6 +155,7 @@ inline void yield() { switch_fiber(current, &scheduler); }
 inline void fiber_main() {
     Block* block = current->block;
     block->entry->call(block->launch->arguments);
+    if (!current->has_waited) fail("does not wait for the launch before");
     current->state = DONE;
     block->done++;
     for (;;) yield();
@@ -162,6 +165,7 @@ inline void start(Fiber* fiber, unsigned char* stack) {
     fiber->state = NOT_STARTED;
     fiber->copies.clear();
     fiber->groups = 0;
+    fiber->has_waited = false;
 #if defined(__x86_64__)
     auto top = reinterpret_cast<void**>(stack + STACK_BYTES);
     *--top = nullptr;
@@ -432,6 +436,7 @@ tandem_emulate(const emulate::Launch* launches, unsigned num_launches, uint64_t 
 inline unsigned bits_of(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 inline float float_of(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 
+inline void wait_for_previous_launch() { emulate::current->has_waited = true; }
 inline void sync_block() { emulate::barrier(); }
 inline void sync_warp() {
     emulate::together<char, char>("sync_warp", 0, [](emulate::Warp&) {});

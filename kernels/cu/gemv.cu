@@ -239,6 +239,8 @@ DEVICE void gemv(const W& w, const bf16* x, int num_tokens, int num_columns, int
     Loaded<W, TILES> even = {}, odd = {};
     int group = warp;
     if (group < num_groups) load_group(even, w, rows, group, t, size);
+    // Weights are as they were loaded: only what follows depends on other launches.
+    wait_for_previous_launch();
     while (group < num_groups) {
         if (group + WARPS < num_groups) load_group(odd, w, rows, group + WARPS, t, size);
         multiply_group(sum, even, x_row, has_token, group, lane, size);

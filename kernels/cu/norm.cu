@@ -3,7 +3,7 @@
 //   rms_norm:         out bf16 [T,E] = weight · hidden / sqrt(mean(hidden²) + epsilon), hidden f32 [T,E]
 //   add_rms_norm_*:   hidden += x [T,E] first
 //   gather_rms_norm:  out bf16 [R,E] of the rows of hidden that `rows` i32 [R] lists; a negative one gives zeros
-//   add_bias:         x bf16 [T,N] += bias bf16 [N]
+//   add_bias_*:       x [T,N] += bias bf16 [N], x in bf16 (a layer's output) or f32 (the residual stream)
 //
 // One block per row, 8 values a thread and turn. The second pass over a row finds it in the L1 cache.
 
@@ -40,6 +40,7 @@ DEVICE void norm_of_row(bf16* out, const float* row, const bf16* weight, int hid
 }
 
 KERNEL(rms_norm, 512, bf16* out, const float* hidden, const bf16* weight, int hidden_size, float epsilon) {
+    wait_for_previous_launch();
     __shared__ float scratch[16];
     const size_t at = static_cast<size_t>(blockIdx.x) * hidden_size;
     norm_of_row(out + at, hidden + at, weight, hidden_size, epsilon, scratch);
@@ -47,6 +48,7 @@ KERNEL(rms_norm, 512, bf16* out, const float* hidden, const bf16* weight, int hi
 
 KERNEL(gather_rms_norm, 512, bf16* out, const float* hidden, const int* rows, const bf16* weight, int hidden_size,
        float epsilon) {
+    wait_for_previous_launch();
     __shared__ float scratch[16];
     const int row = rows[blockIdx.x];
     bf16* to = out + static_cast<size_t>(blockIdx.x) * hidden_size;
@@ -81,24 +83,40 @@ DEVICE void add_then_norm(bf16* out, float* hidden, const X* x, const bf16* weig
 
 KERNEL(add_rms_norm_bf16, 512, bf16* out, float* hidden, const bf16* x, const bf16* weight, int hidden_size,
        float epsilon) {
+    wait_for_previous_launch();
     __shared__ float scratch[16];
     add_then_norm(out, hidden, x, weight, hidden_size, epsilon, scratch);
 }
 
 KERNEL(add_rms_norm_f32, 512, bf16* out, float* hidden, const float* x, const bf16* weight, int hidden_size,
        float epsilon) {
+    wait_for_previous_launch();
     __shared__ float scratch[16];
     add_then_norm(out, hidden, x, weight, hidden_size, epsilon, scratch);
 }
 
-KERNEL(add_bias, 256, bf16* x, const bf16* bias, int num_columns) {
+DEVICE void store_row(bf16* p, const float (&x)[8]) { store16(p, pack8(x)); }
+DEVICE void store_row(float* p, const float (&x)[8]) { store_f32x8(p, x); }
+
+template <class X>
+DEVICE void add_to_row(X* x, const bf16* bias, int num_columns) {
     const int n = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (n >= num_columns) return;
-    bf16* at = x + static_cast<size_t>(blockIdx.x) * num_columns + n;
+    X* at = x + static_cast<size_t>(blockIdx.x) * num_columns + n;
     float a[8], b[8];
-    unpack8(a, load16(at));
-    unpack8(b, load16(bias + n));
+    load_row(a, at);
+    load_row(b, bias + n);
 #pragma unroll
     for (int i = 0; i < 8; i++) a[i] += b[i];
-    store16(at, pack8(a));
+    store_row(at, a);
+}
+
+KERNEL(add_bias_bf16, 256, bf16* x, const bf16* bias, int num_columns) {
+    wait_for_previous_launch();
+    add_to_row(x, bias, num_columns);
+}
+
+KERNEL(add_bias_f32, 256, float* x, const bf16* bias, int num_columns) {
+    wait_for_previous_launch();
+    add_to_row(x, bias, num_columns);
 }

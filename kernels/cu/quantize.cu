@@ -11,6 +11,7 @@ DEVICE bool own_values(size_t& row, int& k, int size) {
 }
 
 KERNEL(dequantize_fp8, 256, bf16* out, const fp8* values, const float* scales, int size) {
+    wait_for_previous_launch();
     size_t row;
     int k;
     if (!own_values(row, k, size)) return;
@@ -25,6 +26,7 @@ KERNEL(dequantize_fp8, 256, bf16* out, const fp8* values, const float* scales, i
 }
 
 KERNEL(dequantize_q8, 256, bf16* out, const signed char* values, const unsigned short* scales, int size) {
+    wait_for_previous_launch();
     size_t row;
     int k;
     if (!own_values(row, k, size)) return;
@@ -51,6 +53,7 @@ DEVICE void load_nibbles(float (&x)[8], const unsigned char* block, int within) 
 }
 
 KERNEL(dequantize_q4_0, 256, bf16* out, const unsigned char* values, const unsigned short* scales, int size) {
+    wait_for_previous_launch();
     size_t row;
     int k;
     if (!own_values(row, k, size)) return;
@@ -65,6 +68,7 @@ KERNEL(dequantize_q4_0, 256, bf16* out, const unsigned char* values, const unsig
 
 KERNEL(dequantize_q4_1, 256, bf16* out, const unsigned char* values, const unsigned short* scales,
        const unsigned short* mins, int size) {
+    wait_for_previous_launch();
     size_t row;
     int k;
     if (!own_values(row, k, size)) return;
@@ -78,6 +82,7 @@ KERNEL(dequantize_q4_1, 256, bf16* out, const unsigned char* values, const unsig
 }
 
 KERNEL(quantize_fp8, 512, fp8* values, float* scales, const bf16* x, int size) {
+    wait_for_previous_launch();
     __shared__ float scratch[16];
     const bf16* row = x + static_cast<size_t>(blockIdx.x) * size;
     float largest = 0.0f;

@@ -65,6 +65,7 @@ DEVICE void rope_and_store(bf16* qkv, Kv* k_cache, Kv* v_cache, const float* cos
 KERNEL(rope_and_store_kv_bf16, 512, bf16* qkv, bf16* k_cache, bf16* v_cache, const float* cos_table,
        const float* sin_table, const int* positions, const int* slot_mapping, int num_heads, int num_kv_heads,
        int head_dim) {
+    wait_for_previous_launch();
     rope_and_store(qkv, k_cache, v_cache, cos_table, sin_table, positions, slot_mapping, num_heads, num_kv_heads,
                    head_dim);
 }
@@ -72,6 +73,7 @@ KERNEL(rope_and_store_kv_bf16, 512, bf16* qkv, bf16* k_cache, bf16* v_cache, con
 KERNEL(rope_and_store_kv_fp8, 512, bf16* qkv, fp8* k_cache, fp8* v_cache, const float* cos_table,
        const float* sin_table, const int* positions, const int* slot_mapping, int num_heads, int num_kv_heads,
        int head_dim) {
+    wait_for_previous_launch();
     rope_and_store(qkv, k_cache, v_cache, cos_table, sin_table, positions, slot_mapping, num_heads, num_kv_heads,
                    head_dim);
 }

@@ -50,22 +50,6 @@ struct Shared {
     u32 last;
 };
 
-// Calls f(token, logit) for this thread's share of the row. Loads go out eight at a time: one after the other, a pass would
-// be nothing but waiting for the L2 cache.
-template <class F>
-DEVICE void for_each_logit(const float* row, int vocab_size, F f) {
-    constexpr int AT_ONCE = 8;
-    int token = threadIdx.x;
-    for (; token + (AT_ONCE - 1) * THREADS < vocab_size; token += AT_ONCE * THREADS) {
-        float x[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) x[i] = row[token + i * THREADS];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) f(token + i * THREADS, x[i]);
-    }
-    for (; token < vocab_size; token += THREADS) f(token, row[token]);
-}
-
 template <class F>
 DEVICE u64 reduce(u64 x, F f, Shared& shared) {
     // What was read of the last reduction is read.
@@ -76,13 +60,9 @@ DEVICE u64 reduce(u64 x, F f, Shared& shared) {
 // The row's largest logit and the lowest id that has it, as a key.
 DEVICE u64 best_of(const float* row, int vocab_size, Shared& shared) {
     u64 best = 0;
-    for_each_logit(row, vocab_size, [&](u32 token, float logit) {
-        best = Max{}(best, static_cast<u64>(ordered_bits(logit)) << 32 | ~token);
-    });
+    for_each_logit<THREADS>(row, vocab_size, [&](u32 token, float logit) { best = Max{}(best, key_of(logit, token)); });
     return reduce(best, Max{}, shared);
 }
-
-DEVICE float logit_of(u64 key) { return float_of_ordered(static_cast<u32>(key >> 32)); }
 
 // Weights e^((logit - maximum) / temperature) in units of 2⁻⁴⁶, so that 2¹⁶ tokens of weight 1 fit.
 struct Weigh {
@@ -101,7 +81,7 @@ DEVICE void sum_levels(u64 (&sums)[LEVELS + 1], const float* row, int vocab_size
                        const float (&levels)[LEVELS], Shared& shared) {
 #pragma unroll
     for (int i = 0; i <= LEVELS; i++) sums[i] = 0;
-    for_each_logit(row, vocab_size, [&](u32 token, float logit) {
+    for_each_logit<THREADS>(row, vocab_size, [&](u32 token, float logit) {
         if (!cut.keeps(token, ordered_bits(logit)) || logit == -infinity()) return;
         const u64 weight = weigh(logit);
         sums[LEVELS] += weight;
@@ -178,7 +158,7 @@ DEVICE void cut_at(Cut& cut, const float* row, int vocab_size, double target, u3
         for (int bin = threadIdx.x; bin < 256; bin += THREADS) shared.histogram[bin] = 0;
         sync_block();
         const u32 value = shared.value;
-        for_each_logit(row, vocab_size, [&](u32 token, float logit) {
+        for_each_logit<THREADS>(row, vocab_size, [&](u32 token, float logit) {
             const u32 x = ordered_bits(logit);
             if (x <= above || (x & known) != value || logit == -infinity() || !cut.keeps(token, x)) return;
             atomic_add(shared.histogram + (x >> shift & 255), weigh(logit));
@@ -212,7 +192,7 @@ DEVICE Cut filter(const float* row, int vocab_size, u64 best, const SampleRow& o
         // p ≥ min_p · p_max in logits.
         const float floor = add_rounded(maximum, mul_rounded(log_exact(options.min_p), options.temperature));
         // min_p = 1 with rounding must not exclude the best itself.
-        if (floor > maximum) return Cut{static_cast<u32>(best >> 32), ~static_cast<u32>(best)};
+        if (floor > maximum) return Cut{static_cast<u32>(best >> 32), token_of(best)};
         cut.logit = ordered_bits(floor);
     }
     u64 sums[LEVELS + 1];
@@ -262,14 +242,14 @@ DEVICE uint4 noise_bits(const SampleRow& options, u32 quad) {
 DEVICE u64 noisy_best(const float* row, int vocab_size, u64 best, const Cut& cut, const SampleRow& options,
                       Shared& shared) {
     const float inverse = 1.0f / options.temperature;
-    const u32 best_token = ~static_cast<u32>(best);
+    const u32 best_token = token_of(best);
     const uint4 best_bits = noise_bits(options, best_token / 4);
     const u32 words[4] = {best_bits.x, best_bits.y, best_bits.z, best_bits.w};
     u32 word = words[0];
 #pragma unroll
     for (int i = 1; i < 4; i++) word = best_token % 4 == i ? words[i] : word;
     float leader = add_rounded(mul_rounded(logit_of(best), inverse), gumbel(word));
-    u64 winner = static_cast<u64>(ordered_bits(leader)) << 32 | ~best_token;
+    u64 winner = key_of(leader, best_token);
     if (!is_finite(leader)) return winner;
     for (int quad = threadIdx.x; quad * 4 < vocab_size; quad += THREADS) {
         float x[4];
@@ -291,7 +271,7 @@ DEVICE u64 noisy_best(const float* row, int vocab_size, u64 best, const Cut& cut
             const float value = add_rounded(mul_rounded(x[i], inverse), gumbel(words[i]));
             if (!cut.keeps(token, ordered_bits(x[i]))) continue;
             leader = max_of(leader, value);
-            winner = Max{}(winner, static_cast<u64>(ordered_bits(value)) << 32 | ~token);
+            winner = Max{}(winner, key_of(value, token));
         }
     }
     return reduce(winner, Max{}, shared);
@@ -340,6 +320,7 @@ DEVICE void answer(int* tokens, int* status, int token, int what) {
 // tokens, status i32 [n]; workspace f32 [n,V], of which only rows with lists are touched; logits f32 [R,V]; rows [n].
 KERNEL(sample, 1024, int* tokens, int* status, float* workspace, const float* logits, const SampleRow* rows,
        const UsedToken* used, const Bias* bias, const int* allowed, const int* banned, int vocab_size) {
+    wait_for_previous_launch();
     __shared__ Shared shared;
     const SampleRow options = rows[blockIdx.x];
     if (options.logits_row < 0) return answer(tokens, status, -1, 0);
@@ -353,11 +334,11 @@ KERNEL(sample, 1024, int* tokens, int* status, float* workspace, const float* lo
         best = best_of(row, vocab_size, shared);
         if (!is_finite(logit_of(best))) return answer(tokens, status, -1, 2);
     }
-    if (options.temperature == 0.0f) return answer(tokens, status, static_cast<int>(~static_cast<u32>(best)), 0);
+    if (options.temperature == 0.0f) return answer(tokens, status, static_cast<int>(token_of(best)), 0);
     Cut cut = {0, 0xffffffffu};
     if (options.top_k != 0 || options.top_p < 1.0f || options.min_p > 0.0f)
         cut = filter(row, vocab_size, best, options, shared);
     best = noisy_best(row, vocab_size, best, cut, options, shared);
     const bool good = is_finite(logit_of(best));
-    answer(tokens, status, good ? static_cast<int>(~static_cast<u32>(best)) : -1, good ? 0 : 2);
+    answer(tokens, status, good ? static_cast<int>(token_of(best)) : -1, good ? 0 : 2);
 }

@@ -20,6 +20,8 @@ pub enum Stub {
     Nvrtc,
     CublasLt,
     Nccl,
+    /// NCCL again, between processes.
+    NcclProcesses,
     Nvml,
 }
 
@@ -30,6 +32,7 @@ impl Stub {
             Self::Nvrtc => include_str!("../stub/nvrtc.c"),
             Self::CublasLt => include_str!("../stub/cublaslt.c"),
             Self::Nccl => include_str!("../stub/nccl.c"),
+            Self::NcclProcesses => include_str!("../stub/nccl_processes.c"),
             Self::Nvml => include_str!("../stub/nvml.c"),
         }
     }
@@ -40,7 +43,7 @@ impl Stub {
             Self::Driver => "libcuda.so",
             Self::Nvrtc => "libnvrtc.so",
             Self::CublasLt => "libcublasLt.so",
-            Self::Nccl => "libnccl.so.2",
+            Self::Nccl | Self::NcclProcesses => "libnccl.so.2",
             Self::Nvml => "libnvidia-ml.so.1",
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tandem_tests::golden_path;
-use tandem_tests::pods::replace_flags;
+use tandem_tests::pods::{children, kill, replace_flags, stream};
 use tandem_tests::server::Server;
 use tandem_tests::stand_in;
 
@@ -31,14 +31,22 @@ fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn start_on(num_gpus: usize, model: &str, arguments: &[&str]) -> Server {
+    start_with(model, "cuda", arguments, &stand_in::environment(num_gpus, MEMORY))
+}
+
 fn start(model: &str, device: &str, arguments: &[&str]) -> Server {
+    let environment = if device == "cpu" { vec![] } else { stand_in::environment(1, MEMORY) };
+    start_with(model, device, arguments, &environment)
+}
+
+fn start_with(model: &str, device: &str, arguments: &[&str], environment: &[(String, String)]) -> Server {
     let model = golden_path(model);
     let mut all = [model.to_str().expect("UTF-8"), "--device", device].map(str::to_owned).to_vec();
     all.extend(SMALL.map(str::to_owned));
     replace_flags(&mut all, arguments);
     let all: Vec<&str> = all.iter().map(String::as_str).collect();
-    let environment = if device == "cpu" { vec![] } else { stand_in::environment(1, MEMORY) };
-    let server = Server::spawn_with(&all, &environment);
+    let server = Server::spawn_with(&all, environment);
     server.wait_until_ready();
     server
 }
@@ -198,4 +206,51 @@ fn options_of_the_cpu_are_refused_on_a_gpu() {
         assert_eq!(server.wait(Duration::from_secs(30)).code(), Some(2));
         assert!(server.output().contains(option), "{}", server.output());
     }
+}
+
+/// Ranks of a group on GPUs compute the numbers of one rank but for rounding, and one that dies is replaced while its stream waits:
+/// by way of the host where they share a GPU, by NCCL, also in recorded steps, where each has its own.
+#[test]
+fn ranks_on_gpus_compute_one_model_and_heal() {
+    let _turn = turn();
+    let alone = start_on(1, "dummy-d64", &[]);
+    for num_gpus in [1, 2] {
+        // A cached prompt is computed in other products than one that is not.
+        let group = start_on(
+            num_gpus,
+            "dummy-d64",
+            &["--tensor-parallel-size", "2", "--enable-prefix-caching=false"],
+        );
+        assert_eq!(group.output().contains("go by way of the host"), num_gpus == 1, "{}", group.output());
+        for len in [5, 70] {
+            let prompt = prompt(len, len);
+            let (expected, found) = (scores(&alone, &prompt), scores(&group, &prompt));
+            let worst = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(worst < 0.12, "{worst} apart in {len} tokens");
+        }
+        assert!(group.output().contains("2 ranks"), "{}", group.output());
+        heal(&group);
+    }
+}
+
+/// A rank is killed in the middle of a stream, which goes on.
+fn heal(group: &Server) {
+    let body = json!({
+        "prompt": prompt(3, 20), "max_tokens": 60, "temperature": 0, "ignore_eos": true, "stream": true, "logprobs": 1,
+    });
+    let undisturbed = stream(group.port, &body, |_| ());
+    let ranks = children(group.id());
+    let mut killed_at = None;
+    let resumed = stream(group.port, &body, |so_far| {
+        if so_far.logprobs.len() >= 20 && killed_at.is_none() {
+            killed_at = Some(so_far.logprobs.len());
+            kill("KILL", ranks[1]);
+        }
+    });
+    assert!(undisturbed.done && resumed.done, "{resumed:?}\n{}", group.output());
+    // What was sent stays; what follows was computed anew, in other products, and may round otherwise.
+    let before = killed_at.expect("it was killed in mid-stream");
+    assert_eq!(resumed.logprobs[..before], undisturbed.logprobs[..before]);
+    assert_eq!((undisturbed.logprobs.len(), resumed.logprobs.len()), (60, 60));
+    assert_eq!(group.metric("llm_stream_resumes_total"), 1.0);
 }

@@ -1,6 +1,7 @@
 //! The one thing the engine knows about computing: a step plan goes in, tokens come out.
 
 pub(crate) mod cuda;
+pub(crate) mod cuda_step;
 pub(crate) mod local;
 pub(crate) mod prepare;
 pub(crate) mod sample;

@@ -72,6 +72,8 @@ pub(crate) enum Done {
         result: Result<Answer, String>,
     },
     Poisoned,
+    /// This process cannot compute any more, and why.
+    Unfit(String),
     /// Given up, as it was told to.
     Aborted,
 }
@@ -265,6 +267,9 @@ impl Agent {
     /// A job of the computing thread ended.
     pub(crate) fn done(&mut self, now: Instant, epoch: u64, done: Done, out: &mut Vec<AgentAction>) {
         self.outstanding -= 1;
+        if let Done::Unfit(reason) = done {
+            return out.push(AgentAction::Exit(Ending::Unfit(reason)));
+        }
         if self.outstanding == 0 {
             self.phase = Phase::Idle;
         }
@@ -281,6 +286,7 @@ impl Agent {
                 }
                 Done::Stepped { step, result: Err(reason) } => Some(ToLeader::StepFailed { step, reason }),
                 Done::Stepped { result: Ok(_), .. } | Done::Poisoned | Done::Aborted => None,
+                Done::Unfit(_) => unreachable!("it was looked for above"),
             };
             out.extend(message.map(|message| AgentAction::Send { link, epoch, message }));
         }

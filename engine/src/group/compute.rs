@@ -5,41 +5,35 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tandem_kernels::KvDType;
-use tandem_kernels::comm::{AbortHandle, TcpCommunicator, TcpOptions};
-use tandem_kernels::cpu::{BLOCK_SIZE, Cpu, KvCache};
-use tandem_models::{ForwardBatch, Llama};
+use tandem_kernels::cpu::BLOCK_SIZE;
+use tandem_models::ForwardBatch;
 
 use super::agent::{Done, Job};
+use super::device::{Forming, ShardDevice, ShardError};
 use super::mesh::Mesh;
 use super::message::{Answer, MemberAddress, Step};
 use super::rows::OwnedRow;
 use crate::executor::prepare::prepare;
-use crate::executor::sample::RowSampler;
 use crate::step_plan::PlannedSequence;
-
-/// How long a collective may take. The leader ends a step that hangs long before; this is for a rank that is alone with a
-/// connection that nobody ends.
-const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long the computing thread stays awake for the next step.
 const SPIN: Duration = Duration::from_micros(100);
 
 /// What is given up, seen by the computing thread and whoever tells it to.
 #[derive(Default)]
-pub(super) struct Aborts {
+pub(crate) struct Aborts {
     /// Everything of this epoch and older ones.
     epoch: AtomicU64,
-    /// Of the live communicator.
-    handle: Mutex<Option<AbortHandle>>,
+    /// Ends the collectives of the live epoch.
+    handle: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl Aborts {
     /// Makes whatever of `epoch` or an older one runs end at once.
     pub(super) fn abort(&self, epoch: u64) {
         self.epoch.fetch_max(epoch, Ordering::SeqCst);
-        if let Some(handle) = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            handle.abort();
+        if let Some(abort) = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            abort();
         }
     }
 
@@ -47,66 +41,70 @@ impl Aborts {
         self.epoch.load(Ordering::SeqCst) >= epoch
     }
 
-    /// Puts the handle of an epoch's communicator here; false if the epoch is over already.
-    fn watch(&self, epoch: u64, handle: AbortHandle) -> bool {
+    /// Puts what ends an epoch's collectives here; false if the epoch is over already.
+    pub(super) fn watch(&self, epoch: u64, abort: impl FnOnce() + Send + 'static) -> bool {
         // Whoever aborts sets the number before it looks for a handle: one of the two sees the other.
-        *self.handle.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+        *self.handle.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(abort));
         !self.is_over(epoch)
     }
 }
 
-/// A rank's model, KV and connections.
+/// A rank's share of the model, and its bounds.
 pub(super) struct Compute<'a> {
     pub(super) rank: usize,
-    pub(super) cpu: Cpu,
-    pub(super) model: Llama,
-    pub(super) kv_dtype: KvDType,
+    pub(super) size: usize,
+    pub(super) device: Box<dyn ShardDevice>,
     /// Most tokens, and most rows of logits, of one step.
     pub(super) max_tokens: usize,
     pub(super) max_logits_rows: usize,
-    /// Whether every worker of this rank has a core to itself.
+    /// Whether the rank has cores to itself.
     pub(super) spin: bool,
     pub(super) mesh: &'a Mesh,
     pub(super) aborts: &'a Aborts,
 }
 
-/// Memory and connections of the live epoch.
-struct Epoch {
-    comm: TcpCommunicator,
-    kv: KvCache,
-}
-
 impl Compute<'_> {
     /// Does jobs until nobody sends any.
     pub(super) fn run(mut self, jobs: &Receiver<(u64, Job)>, done: impl Fn(u64, Done)) {
-        let mut sampler = RowSampler::new(&self.cpu, self.model.config().vocab_size);
         let mut batch = ForwardBatch::default();
-        let mut live: Option<Epoch> = None;
+        // KV blocks of the live epoch, once it has formed.
+        let mut num_blocks = None;
         while let Some((epoch, job)) = self.next(jobs) {
             let outcome = if self.aborts.is_over(epoch) {
                 Done::Aborted
             } else {
-                match (job, &mut live) {
-                    (Job::Form { num_blocks, members }, live) => {
-                        // The memory of the last epoch is used again, whatever is in it.
-                        let memory = live.take().map(|epoch| epoch.kv);
-                        let formed = self.form(epoch, num_blocks as usize, &members, memory);
-                        Done::Formed(formed.map(|formed| *live = Some(formed)))
+                match (job, num_blocks) {
+                    (Job::Form { num_blocks: wanted, members }, _) => {
+                        num_blocks = None;
+                        match self.form(epoch, wanted as usize, &members) {
+                            Ok(()) => {
+                                num_blocks = Some(wanted as usize);
+                                Done::Formed(Ok(()))
+                            }
+                            Err(ShardError::Failed(reason)) => Done::Formed(Err(reason)),
+                            Err(ShardError::Unfit(reason)) => Done::Unfit(reason),
+                        }
                     }
-                    (Job::Step(step), Some(live)) => {
+                    (Job::Step(step), Some(num_blocks)) => {
                         let number = step.plan.step;
-                        let result = self.step(&step, live, &mut batch, &mut sampler);
-                        Done::Stepped { step: number, result }
+                        match self.step(&step, num_blocks, &mut batch) {
+                            Ok(answer) => Done::Stepped { step: number, result: Ok(answer) },
+                            Err(ShardError::Failed(reason)) => {
+                                Done::Stepped { step: number, result: Err(reason) }
+                            }
+                            Err(ShardError::Unfit(reason)) => Done::Unfit(reason),
+                        }
                     }
-                    (Job::Poison(blocks), Some(live)) => {
-                        live.kv.fill_nan(&blocks);
+                    (Job::Poison(blocks), Some(_)) => {
+                        self.device.fill_nan(&blocks);
                         Done::Poisoned
                     }
                     // The agent hands out work of an epoch only after it has formed.
                     (Job::Step(_) | Job::Poison(_), None) => Done::Aborted,
                 }
             };
-            let outcome = if self.aborts.is_over(epoch) { Done::Aborted } else { outcome };
+            let is_unfit = matches!(outcome, Done::Unfit(_));
+            let outcome = if self.aborts.is_over(epoch) && !is_unfit { Done::Aborted } else { outcome };
             done(epoch, outcome);
         }
     }
@@ -124,33 +122,23 @@ impl Compute<'_> {
         jobs.recv().ok()
     }
 
-    fn form(
-        &self,
-        epoch: u64,
-        num_blocks: usize,
-        members: &[MemberAddress],
-        memory: Option<KvCache>,
-    ) -> Result<Epoch, String> {
-        if members.get(self.rank).is_none_or(|member| member.incarnation != self.mesh.incarnation()) {
-            return Err("the group's members do not list this process in its place".into());
+    fn form(&mut self, epoch: u64, num_blocks: usize, members: &[MemberAddress]) -> Result<(), ShardError> {
+        let own = members.get(self.rank);
+        if own.is_none_or(|member| member.incarnation != self.mesh.incarnation())
+            || members.len() != self.size
+        {
+            let reason = "the group's members do not list this process in its place";
+            return Err(ShardError::Failed(reason.into()));
         }
-        let peers = self.mesh.connect(epoch, members, &|| self.aborts.is_over(epoch))?;
-        let options = TcpOptions { timeout: COLLECTIVE_TIMEOUT, spin: self.spin };
-        let comm = TcpCommunicator::new(self.rank, peers, options).map_err(|error| error.to_string())?;
-        if !self.aborts.watch(epoch, comm.abort_handle()) {
-            return Err("given up".into());
-        }
-        let config = Llama::kv_cache_config(self.model.config(), num_blocks, self.kv_dtype);
-        let kv = match memory {
-            Some(kv) if *kv.config() == config => kv,
-            _ => KvCache::new(config).map_err(|error| error.to_string())?,
-        };
-        Ok(Epoch { comm, kv })
+        let peers = self.mesh.connect(epoch, members, &|| self.aborts.is_over(epoch));
+        let peers = peers.map_err(ShardError::Failed)?;
+        let (rank, size, aborts) = (self.rank, self.size, self.aborts);
+        self.device.form(Forming { rank, size, epoch, num_blocks, peers, aborts })
     }
 
     /// Whether a step can be computed at all: what a leader of this version would never send must end in words, not in a panic.
     fn check(&self, step: &Step, num_blocks: usize) -> Result<(), String> {
-        let (plan, vocab_size) = (&step.plan, self.model.config().vocab_size);
+        let (plan, vocab_size) = (&step.plan, self.device.vocab_size());
         let block_size = plan.block_size as usize;
         let is_block = |block: &u32| (*block as usize) < num_blocks;
         let fits = |sequence: &PlannedSequence| {
@@ -184,25 +172,21 @@ impl Compute<'_> {
     fn step(
         &mut self,
         step: &Step,
-        live: &mut Epoch,
+        num_blocks: usize,
         batch: &mut ForwardBatch,
-        sampler: &mut RowSampler,
-    ) -> Result<Answer, String> {
+    ) -> Result<Answer, ShardError> {
         let digest = step.plan.digest();
         if digest != step.digest {
-            return Err(format!("its plan's digest is {digest:x}, the leader's {:x}", step.digest));
+            let reason = format!("its plan's digest is {digest:x}, the leader's {:x}", step.digest);
+            return Err(ShardError::Failed(reason));
         }
-        self.check(step, live.kv.config().num_blocks)?;
+        self.check(step, num_blocks).map_err(ShardError::Failed)?;
         #[cfg(debug_assertions)]
         faults::before_step(step.plan.step);
         prepare(&step.plan, batch);
-        let start = Instant::now();
-        let logits = self.model.forward_shard(&self.cpu, batch, &mut live.kv, &mut live.comm);
-        let logits = logits.map_err(|error| error.to_string())?;
-        let forward = start.elapsed();
         let rows: Vec<_> = step.rows.iter().map(OwnedRow::borrow).collect();
-        let rows = sampler.sample(&self.cpu, logits, &rows);
-        Ok(Answer { step: step.plan.step, forward, rows })
+        let output = self.device.step(batch, &rows)?;
+        Ok(Answer { step: step.plan.step, forward: output.forward, rows: output.rows })
     }
 }
 

@@ -6,7 +6,8 @@
 //!        one control connection for each rank ◀───────‖──▶       Mesh: a connection to every other rank
 //! ```
 //! * [`leader`] and [`agent`] are the protocol as state machines without sockets, threads or clock; a simulation drives both.
-//! * [`executor`] and [`rank`] are the sockets and threads around them; [`compute`] is the rank's computing thread.
+//! * [`executor`] and [`rank`] are the sockets and threads around them; [`compute`] is the rank's computing thread, over a CPU or
+//!   a GPU ([`device`]).
 //! * [`message`] and [`rows`] are what they say; [`mesh`] connects ranks to each other; [`acceptor`] lets peers in; [`scout`] looks
 //!   for those that do not come; [`pace`] says how long a step may take.
 //!
@@ -16,6 +17,9 @@
 mod acceptor;
 mod agent;
 mod compute;
+mod cpu_shard;
+mod cuda_shard;
+mod device;
 pub(crate) mod executor;
 pub(crate) mod leader;
 #[cfg(test)]
@@ -29,6 +33,10 @@ pub(crate) mod scout;
 #[cfg(test)]
 mod simulation;
 pub(crate) mod status;
+
+pub(crate) use cpu_shard::CpuShard;
+pub(crate) use cuda_shard::{CudaShard, Transport};
+pub(crate) use device::ShardDevice;
 
 pub use agent::RankReport;
 pub use rank::{RankEnd, RankOptions, RankOrder, run_rank};

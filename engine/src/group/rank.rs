@@ -17,7 +17,7 @@ use super::agent::{Agent, AgentAction, AgentConfig, Ending, Job, RankReport};
 use super::compute::{Aborts, Compute};
 use super::leader::LinkId;
 use super::mesh::Mesh;
-use super::message::{Loaded, ToRank};
+use super::message::ToRank;
 use crate::error::ExecutorError;
 use crate::load::{EngineOptions, Inspected, LoadError, LoadedShard, MachineShare};
 
@@ -107,7 +107,7 @@ pub fn run_rank(
     let (number, size) = (rank.rank, rank.size);
     let machine = MachineShare { local_ranks: rank.local_ranks, held_blocks: rank.held_blocks };
     let compute = move || match inspected.load_shard(&options, number, size, machine) {
-        Ok(shard) => run_shard(&shared, shard, number, &mesh, &work),
+        Ok(shard) => run_shard(&shared, shard, (number, size), &mesh, &work),
         // Nobody listens only if the rank has ended.
         Err(error) => drop(shared.end.send(Err(error))),
     };
@@ -130,18 +130,16 @@ pub fn run_rank(
 fn run_shard(
     driver: &Arc<Driver>,
     shard: LoadedShard,
-    rank: usize,
+    (rank, size): (usize, usize),
     mesh: &Mesh,
     work: &Receiver<(u64, Job)>,
 ) {
-    let bytes = shard.model.loaded_bytes();
-    let loaded = Loaded { max_blocks: shard.max_blocks, weight_bytes: bytes.kept, read_bytes: bytes.read };
+    let loaded = shard.loaded;
     let compute = Compute {
         rank,
+        size,
         spin: shard.has_own_cores,
-        cpu: shard.cpu,
-        model: shard.model,
-        kv_dtype: shard.kv_dtype,
+        device: shard.device,
         max_tokens: shard.max_tokens,
         max_logits_rows: shard.max_logits_rows,
         mesh,

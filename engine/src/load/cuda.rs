@@ -1,14 +1,21 @@
 //! Which device computes, and loading on a GPU.
 
+use tandem_kernels::comm::Nccl;
 use tandem_kernels::cuda::{
     self, Cuda, DeviceInfo, DeviceLauncher, KernelCache, Runner, Target, Unavailable, launcher::KvType,
 };
 use tandem_kernels::{Activations, KvDType};
 use tandem_models::{CudaLlama, CudaLlamaOptions, CudaLoadError, Shard};
 
-use super::plan::Room;
-use super::{BackendInfo, EngineOptions, EnginePlan, Inspected, LoadError, Loaded, ModelOptions, make_cpu};
+use super::plan::{self, Room};
+use super::{
+    BackendInfo, EngineOptions, EnginePlan, Inspected, LoadError, Loaded, LoadedShard, ModelOptions, make_cpu,
+};
+use crate::error::ExecutorError;
 use crate::executor::cuda::CudaExecutor;
+use crate::executor::cuda_step::CudaStep;
+use crate::group::message::Loaded as GroupLoaded;
+use crate::group::{CudaShard, Transport};
 
 /// `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,11 +31,40 @@ pub enum DeviceChoice {
 /// they have taken it.
 const WORKSPACE_BYTES: u64 = 1 << 30;
 
+/// A GPU, and how many ranks compute on it.
+#[derive(Debug, Clone)]
+pub(super) struct ChosenDevice {
+    pub(super) info: DeviceInfo,
+    sharing: u64,
+}
+
+impl ChosenDevice {
+    /// Bytes that a rank may have of `bytes` free or to be had.
+    fn share(&self, bytes: u64) -> u64 {
+        bytes / self.sharing
+    }
+
+    /// What kernels are compiled for.
+    pub(super) fn isa(&self) -> &'static str {
+        let (major, minor) = self.info.capability;
+        Target::for_capability(major, minor).map_or("none", Target::name)
+    }
+
+    /// What carries collectives: NCCL, unless it is not there or ranks share a GPU, which it does not do. All ranks of a group have
+    /// to have the same.
+    pub(super) fn transport(&self) -> Transport {
+        match Nccl::open() {
+            Ok(_) if self.sharing == 1 => Transport::Nccl,
+            _ => Transport::Host,
+        }
+    }
+}
+
 /// The GPU that the options lead to, if any.
 ///
 /// # Errors
 /// [`LoadError::Option`] if a GPU is asked for and there is none, or if an option does not fit one.
-pub(super) fn choose(options: &ModelOptions) -> Result<Option<DeviceInfo>, LoadError> {
+pub(super) fn choose(options: &ModelOptions) -> Result<Option<ChosenDevice>, LoadError> {
     let refuse = |option, reason: String| Err(LoadError::Option { option, reason });
     let found = match options.device {
         DeviceChoice::Cpu => return Ok(None),
@@ -44,11 +80,13 @@ pub(super) fn choose(options: &ModelOptions) -> Result<Option<DeviceInfo>, LoadE
             return Ok(None);
         }
     };
-    let Some(device) = devices.into_iter().nth(options.device_ordinal).filter(DeviceInfo::is_supported)
-    else {
+    let count = devices.len();
+    // Ranks beyond the GPUs share them: of use for tests only, and said when they are loaded.
+    let ordinal = options.device_ordinal % count;
+    let Some(device) = devices.into_iter().nth(ordinal).filter(DeviceInfo::is_supported) else {
         return match options.device {
             DeviceChoice::Cuda => {
-                refuse("device", format!("there is no usable GPU {}", options.device_ordinal))
+                refuse("device", format!("GPU {ordinal} is older than compute capability 8.0"))
             }
             _ => Ok(None),
         };
@@ -65,37 +103,43 @@ pub(super) fn choose(options: &ModelOptions) -> Result<Option<DeviceInfo>, LoadE
             let reason = format!("{} is no type of KV on a GPU; use bf16 or auto", dtype.name());
             refuse("kv-cache-dtype", reason)
         }
-        _ => Ok(Some(device)),
+        _ => Ok(Some(ChosenDevice {
+            info: device,
+            sharing: options.local_ranks.div_ceil(count).max(1) as u64,
+        })),
     }
 }
 
 impl Inspected {
-    /// Sizes that follow from what the device will have free, as far as is known before anything is loaded.
+    /// Sizes that follow from what the device of one of `size` ranks will have free, as far as is known before anything is loaded.
     pub(super) fn plan_cuda(
         &self,
-        device: &DeviceInfo,
+        device: &ChosenDevice,
         options: &EngineOptions,
+        size: usize,
     ) -> Result<EnginePlan, LoadError> {
-        let weights = 2 * self.info.num_parameters;
-        let usable = (device.total_bytes as f64 * options.gpu_memory_utilization) as u64;
+        let weights = 2 * self.info.num_parameters / size as u64;
+        let usable = device.share((device.info.total_bytes as f64 * options.gpu_memory_utilization) as u64);
         let Some(free_bytes) = usable.checked_sub(weights + WORKSPACE_BYTES).filter(|bytes| *bytes > 0)
         else {
             let reason = format!(
                 "{} × {} bytes of {} do not hold {weights} bytes of weights in bf16 and what they need beside them",
-                options.gpu_memory_utilization, device.total_bytes, device.name
+                options.gpu_memory_utilization, device.info.total_bytes, device.info.name
             );
             return Err(LoadError::Option { option: "gpu-memory-utilization", reason });
         };
-        self.plan_for_room(options, Room::of_device(free_bytes))
+        self.plan_for_room(options, Room::of_device(free_bytes), size)
     }
 
-    /// Loads the weights on the device, sees what is left, and takes it for KV. May take seconds.
-    ///
-    /// # Errors
-    /// As [`Inspected::load`].
-    pub(super) fn load_cuda(self, device: &DeviceInfo, options: &EngineOptions) -> Result<Loaded, LoadError> {
-        let before = self.plan_cuda(device, options)?;
-        let cuda = Cuda::open(device.ordinal).map_err(CudaLoadError::from)?;
+    /// Loads a share of the weights on a device; the plan that it was made for, and the device's memory for KV.
+    fn load_on_device(
+        &self,
+        device: &ChosenDevice,
+        options: &EngineOptions,
+        shard: Shard,
+    ) -> Result<(CudaLlama, EnginePlan, u64), LoadError> {
+        let before = self.plan_cuda(device, options, shard.size)?;
+        let cuda = Cuda::open(device.info.ordinal).map_err(CudaLoadError::from)?;
         let runner = Runner::load(&cuda, &KernelCache::from_env()).map_err(CudaLoadError::from)?;
         let llama_options = CudaLlamaOptions {
             max_tokens: options.max_num_batched_tokens,
@@ -105,30 +149,47 @@ impl Inspected {
             kv_type: KvType::Bf16,
             fp8_weights: false,
             graphs: !options.enforce_eager,
-            shard: Shard::WHOLE,
+            shard,
         };
         let (name, config) = (self.info.name.clone(), self.files.config.clone());
         let mut model = CudaLlama::load(runner, &name, config, self.files.weights(), llama_options)?;
+        model.tune().map_err(CudaLoadError::from)?;
         let memory = cuda.memory().map_err(CudaLoadError::from)?;
         let usable = (memory.total_bytes as f64 * options.gpu_memory_utilization) as u64;
-        let free_bytes = usable.saturating_sub((memory.total_bytes - memory.free_bytes) as u64);
-        let fixed = EngineOptions { max_model_len: Some(before.max_model_len), ..options.clone() };
-        let plan = match self.plan_for_room(options, Room::of_device(free_bytes))? {
+        let used = (memory.total_bytes - memory.free_bytes) as u64;
+        let free_bytes = device.share(usable.saturating_sub(used));
+        Ok((model, before, free_bytes))
+    }
+
+    /// Loads the weights on the device, sees what is left, and takes it for KV. May take seconds.
+    ///
+    /// # Errors
+    /// As [`Inspected::load`].
+    pub(super) fn load_cuda(
+        self,
+        device: &ChosenDevice,
+        options: &EngineOptions,
+    ) -> Result<Loaded, LoadError> {
+        let (mut model, before, free_bytes) = self.load_on_device(device, options, Shard::WHOLE)?;
+        let room = Room::of_device(free_bytes);
+        let plan = match self.plan_for_room(options, room, 1)? {
             // Tables and workspace are made for that length.
             plan if plan.max_model_len > before.max_model_len => {
-                self.plan_for_room(&fixed, Room::of_device(free_bytes))?
+                let max_model_len = Some(before.max_model_len);
+                self.plan_for_room(&EngineOptions { max_model_len, ..options.clone() }, room, 1)?
             }
             plan => plan,
         };
         model.allocate_kv(plan.num_blocks).map_err(CudaLoadError::from)?;
+        model.record(None).map_err(|error| ExecutorError::fatal(error.to_string()))?;
         let engine = self.engine_config(options, &plan);
         let config = &self.files.config;
         let cpu = make_cpu(&self.options)?;
         let backend = BackendInfo {
             backend: "cuda",
             ranks: 1,
-            isa: cuda.target().name(),
-            device: Some(device.name.clone()),
+            isa: device.isa(),
+            device: Some(device.info.name.clone()),
             threads: cpu.threads(),
             activations: Activations::Bf16,
             layer_flops_per_token: config.layer_flops_per_token(),
@@ -136,8 +197,38 @@ impl Inspected {
             weight_bytes: model.weight_bytes(),
             kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens as u64,
         };
-        let executor = CudaExecutor::new(cpu, model, options.max_logits_rows())?;
-        Ok(Loaded { executor: Box::new(executor), config: engine, plan, backend })
+        let step = CudaStep::new(cpu, model, options.max_logits_rows()).map_err(CudaLoadError::from)?;
+        Ok(Loaded { executor: Box::new(CudaExecutor::new(step)), config: engine, plan, backend })
+    }
+
+    /// Loads one rank's share on its device.
+    ///
+    /// # Errors
+    /// As [`Inspected::load`].
+    pub(super) fn load_cuda_shard(
+        self,
+        device: &ChosenDevice,
+        options: &EngineOptions,
+        shard: Shard,
+    ) -> Result<LoadedShard, LoadError> {
+        let (model, _, free_bytes) = self.load_on_device(device, options, shard)?;
+        let max_blocks = plan::capacity(model.config(), self.kv_dtype(), options, free_bytes);
+        let bytes = model.weight_bytes();
+        let loaded = GroupLoaded { max_blocks, weight_bytes: bytes, read_bytes: bytes };
+        let cpu = make_cpu(&self.options)?;
+        let transport = device.transport();
+        if transport == Transport::Host {
+            let reason = if device.sharing > 1 { "ranks share a GPU" } else { "there is no NCCL" };
+            tracing::warn!(reason, "collectives go by way of the host, which is slow");
+        }
+        let step = CudaStep::new(cpu, model, options.max_logits_rows()).map_err(CudaLoadError::from)?;
+        Ok(LoadedShard {
+            device: Box::new(CudaShard::new(step, transport)),
+            loaded,
+            max_tokens: options.max_num_batched_tokens,
+            max_logits_rows: options.max_logits_rows(),
+            has_own_cores: false,
+        })
     }
 }
 

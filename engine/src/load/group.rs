@@ -3,8 +3,8 @@
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use tandem_kernels::cpu::{Cpu, default_threads};
-use tandem_kernels::{KvDType, NUMERICS_VERSION};
+use tandem_kernels::NUMERICS_VERSION;
+use tandem_kernels::cpu::default_threads;
 use tandem_models::{Llama, LlamaOptions, Shard, TensorParallel};
 use tandem_wire::{GroupKey, Incarnation};
 
@@ -13,9 +13,10 @@ use super::{BackendInfo, EngineOptions, EnginePlan, Inspected, LoadError, Loaded
 use crate::error::ExecutorError;
 use crate::group::executor::GroupExecutor;
 use crate::group::leader::LeaderConfig;
-use crate::group::message::{PROTOCOL_VERSION, Term};
+use crate::group::message::{Loaded as GroupLoaded, PROTOCOL_VERSION, Term};
 use crate::group::scout::Scout;
 use crate::group::status::GroupStatus;
+use crate::group::{CpuShard, ShardDevice};
 
 /// How long a wait for ranks goes on before the caller may have a look.
 const LOOK_UP: Duration = Duration::from_millis(50);
@@ -58,14 +59,12 @@ pub(crate) struct MachineShare {
 
 /// One rank's share of a model, loaded.
 pub(crate) struct LoadedShard {
-    pub(crate) cpu: Cpu,
-    pub(crate) model: Llama,
-    pub(crate) kv_dtype: KvDType,
+    pub(crate) device: Box<dyn ShardDevice>,
+    /// What the leader hears of it.
+    pub(crate) loaded: GroupLoaded,
     /// Most tokens, and most rows of logits, of one step.
     pub(crate) max_tokens: usize,
     pub(crate) max_logits_rows: usize,
-    /// KV blocks that there is memory for.
-    pub(crate) max_blocks: u64,
     /// Whether the machine has a core for every worker of every rank on it.
     pub(crate) has_own_cores: bool,
 }
@@ -90,6 +89,9 @@ impl Inspected {
         local_ranks: usize,
     ) -> Result<EnginePlan, LoadError> {
         self.tensor_parallel(size)?;
+        if let Some(device) = &self.device {
+            return self.plan_cuda(device, options, size);
+        }
         let config = Shard { rank: 0, size }.config(&self.files.config);
         let free_bytes = machine::memory_available_bytes() / local_ranks.max(1) as u64;
         plan::plan(&config, self.activations(), self.kv_dtype(), options, Room::of_machine(free_bytes))
@@ -104,7 +106,7 @@ impl Inspected {
             ("numerics version", NUMERICS_VERSION.to_string()),
             ("tensor-parallel-size", size.to_string()),
             ("model", fingerprint),
-            ("isa", make_cpu_isa(self)?.to_owned()),
+            ("isa", self.isa()?.to_owned()),
             ("activations", self.activations().name().to_owned()),
             ("kv-cache-dtype", self.kv_dtype().name().to_owned()),
             ("segments", split.segments.to_string()),
@@ -112,7 +114,10 @@ impl Inspected {
             ("max-num-seqs", options.max_num_seqs.to_string()),
             ("max-num-batched-tokens", options.max_num_batched_tokens.to_string()),
         ];
-        Ok(terms.into_iter().map(|(name, value)| Term { name: name.to_owned(), value }).collect())
+        let transport =
+            self.device.as_ref().map(|device| ("collectives", device.transport().name().to_owned()));
+        let terms = terms.into_iter().chain(transport);
+        Ok(terms.map(|(name, value)| Term { name: name.to_owned(), value }).collect())
     }
 
     /// Packs the share of one rank and sees how many KV blocks fit beside it. May take seconds.
@@ -126,6 +131,9 @@ impl Inspected {
         size: usize,
         MachineShare { local_ranks, held_blocks }: MachineShare,
     ) -> Result<LoadedShard, LoadError> {
+        if let Some(device) = self.device.clone() {
+            return self.load_cuda_shard(&device, options, Shard { rank, size });
+        }
         let kv_dtype = self.kv_dtype();
         let llama_options = LlamaOptions {
             activations: self.activations(),
@@ -149,7 +157,10 @@ impl Inspected {
         let max_blocks = held.max(capacity(free_bytes / local_ranks.max(1) as u64));
         let has_own_cores = threads * local_ranks <= cores;
         let LlamaOptions { max_tokens, max_logits_rows, .. } = llama_options;
-        Ok(LoadedShard { cpu, model, kv_dtype, max_tokens, max_logits_rows, max_blocks, has_own_cores })
+        let bytes = model.loaded_bytes();
+        let loaded = GroupLoaded { max_blocks, weight_bytes: bytes.kept, read_bytes: bytes.read };
+        let device = Box::new(CpuShard::new(cpu, model, kv_dtype, has_own_cores));
+        Ok(LoadedShard { device, loaded, max_tokens, max_logits_rows, has_own_cores })
     }
 
     /// Begins to take ranks; needs no weights. `status` is kept up to date from now on.
@@ -204,10 +215,10 @@ impl Gathering {
         let config = inspected.engine_config(&options, &plan);
         let model = &inspected.files.config;
         let backend = BackendInfo {
-            backend: "cpu",
+            backend: if inspected.device.is_some() { "cuda" } else { "cpu" },
             ranks: size,
-            isa: make_cpu_isa(&inspected)?,
-            device: None,
+            isa: inspected.isa()?,
+            device: inspected.device.as_ref().map(|device| device.info.name.clone()),
             threads,
             activations: plan.activations,
             layer_flops_per_token: model.layer_flops_per_token(),
@@ -249,10 +260,15 @@ fn fit_blocks(plan: &mut EnginePlan, num_blocks: usize, options: &EngineOptions)
     Ok(())
 }
 
-/// The instruction set that the options lead to on this machine.
-fn make_cpu_isa(inspected: &Inspected) -> Result<&'static str, LoadError> {
-    let options = super::ModelOptions { threads: Some(1), ..inspected.options.clone() };
-    Ok(make_cpu(&options)?.isa().name())
+impl Inspected {
+    /// What code is made for, on the GPU if there is one, else on this machine.
+    fn isa(&self) -> Result<&'static str, LoadError> {
+        if let Some(device) = &self.device {
+            return Ok(device.isa());
+        }
+        let options = super::ModelOptions { threads: Some(1), ..self.options.clone() };
+        Ok(make_cpu(&options)?.isa().name())
+    }
 }
 
 #[cfg(test)]

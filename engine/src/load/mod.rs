@@ -12,7 +12,6 @@ mod plan;
 use std::path::PathBuf;
 
 use tandem_kernels::cpu::{Cpu, CpuOptions, default_threads};
-use tandem_kernels::cuda::DeviceInfo;
 use tandem_kernels::limits::{self, Limits};
 use tandem_kernels::{Activations, DType, Isa, KernelError, KvDType};
 use tandem_models::{
@@ -21,6 +20,7 @@ use tandem_models::{
 };
 use thiserror::Error;
 
+use cuda::ChosenDevice;
 pub use cuda::{DeviceChoice, KernelCheck, check_kernels, compile_kernels};
 pub use group::{Gathering, LeadOptions};
 pub(crate) use group::{LoadedShard, MachineShare};
@@ -68,6 +68,8 @@ pub struct ModelOptions {
     /// What computes, and which of the GPUs, should it be one.
     pub device: DeviceChoice,
     pub device_ordinal: usize,
+    /// Ranks on this machine, which share its GPUs out; 0 is 1.
+    pub local_ranks: usize,
     /// Overrides the arithmetic class that `dtype` implies.
     pub activations: Option<Activations>,
     /// Overrides the KV type that `dtype` implies.
@@ -199,7 +201,7 @@ pub struct Inspected {
     files: ModelFiles,
     info: ModelInfo,
     /// The GPU that computes, if one does.
-    device: Option<DeviceInfo>,
+    device: Option<ChosenDevice>,
 }
 
 /// A model that is ready to run.
@@ -273,7 +275,8 @@ impl Inspected {
     /// The GPU that computes, for people; none where the CPU does.
     pub fn device(&self) -> Option<String> {
         let device = self.device.as_ref()?;
-        Some(format!("{device}, {} MiB, {} SMs", device.total_bytes >> 20, device.num_sms))
+        let info = &device.info;
+        Some(format!("{info}, {} MiB, {} SMs", info.total_bytes >> 20, info.num_sms))
     }
 
     pub fn tokenizer(&self) -> &TokenizerFiles {
@@ -294,13 +297,20 @@ impl Inspected {
     /// [`LoadError::Option`] if the options cannot be honoured.
     pub fn plan(&self, options: &EngineOptions) -> Result<EnginePlan, LoadError> {
         match &self.device {
-            Some(device) => self.plan_cuda(device, options),
-            None => self.plan_for_room(options, Room::of_machine(machine::memory_available_bytes())),
+            Some(device) => self.plan_cuda(device, options, 1),
+            None => self.plan_for_room(options, Room::of_machine(machine::memory_available_bytes()), 1),
         }
     }
 
-    fn plan_for_room(&self, options: &EngineOptions, room: Room) -> Result<EnginePlan, LoadError> {
-        plan::plan(&self.files.config, self.activations(), self.kv_dtype(), options, room)
+    /// A plan for one of `size` ranks.
+    fn plan_for_room(
+        &self,
+        options: &EngineOptions,
+        room: Room,
+        size: usize,
+    ) -> Result<EnginePlan, LoadError> {
+        let config = Shard { rank: 0, size }.config(&self.files.config);
+        plan::plan(&config, self.activations(), self.kv_dtype(), options, room)
     }
 
     /// Packs the weights and takes the memory of the KV pool. May take seconds.

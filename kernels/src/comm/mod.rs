@@ -9,12 +9,14 @@
 //!
 //! Ranks with a GPU use a [`NcclCommunicator`] instead, whose collectives are queued on the device.
 
+mod device;
 mod error;
 mod nccl;
 mod tcp;
 
 use std::ops::Range;
 
+pub use device::{DeviceCollectives, DeviceCommError, HostCollectives, NcclCollectives};
 pub use error::CommError;
 pub use nccl::{
     NCCL_LIBRARY_VARIABLE, Nccl, NcclAbort, NcclCommunicator, NcclElement, NcclError, NcclOptions,

@@ -128,3 +128,24 @@ pub(super) fn sample(row: &[f32], options: &SampleRow) -> Option<u32> {
     let winner = kept.into_iter().reduce(|a, b| if value(b) > value(a) { b } else { a })?;
     value(winner).is_finite().then_some(winner)
 }
+
+/// Of one row.
+pub(super) struct RowLogProbs {
+    pub(super) target: f64,
+    pub(super) rank: i32,
+    /// (−1, −∞) past the vocabulary.
+    pub(super) top: Vec<(i32, f64)>,
+}
+
+pub(super) fn log_probs(row: &[f32], target: usize, num_top: usize) -> RowLogProbs {
+    let maximum = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let log_sum = maximum + row.iter().map(|&x| (f64::from(x) - maximum).exp()).sum::<f64>().ln();
+    let mut order: Vec<usize> = (0..row.len()).collect();
+    order.sort_by(|&a, &b| row[b].partial_cmp(&row[a]).expect("no NaN").then(a.cmp(&b)));
+    let best = |i: usize| order.get(i).map(|&token| (token as i32, f64::from(row[token]) - log_sum));
+    RowLogProbs {
+        target: f64::from(row[target]) - log_sum,
+        rank: 1 + row.iter().filter(|&&x| x > row[target]).count() as i32,
+        top: (0..num_top).map(|i| best(i).unwrap_or((-1, f64::NEG_INFINITY))).collect(),
+    }
+}

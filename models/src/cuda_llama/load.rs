@@ -10,10 +10,10 @@ use tandem_kernels::{DType, Matrix};
 
 use super::step::StepArrays;
 use super::weight::{BlockKind, Format, Scratch, Weight};
-use super::{CudaLlama, CudaLlamaOptions, Layer, PARTIAL_BYTES, Workspace};
+use super::{CudaLlama, CudaLlamaOptions, JoinedLogits, Layer, PARTIAL_BYTES, Workspace};
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::shard::{Share, TensorParallel};
+use crate::shard::{Shard, Share, TensorParallel, vocab_rows};
 use crate::weights::{RowOrder, Tensor, WeightSource};
 
 /// Values that are converted before they go over together.
@@ -57,6 +57,7 @@ impl CudaLlama {
             weights,
             fp8: options.fp8_weights,
             uploader,
+            rank: options.shard.rank,
         };
         // The embedding's rows are read one by one, and the LM head is often the same matrix: both are bf16.
         let vocab = |tensor: &str| loader.bf16(&[Part::rows(tensor, &share.vocab)]);
@@ -74,7 +75,7 @@ impl CudaLlama {
             .sum();
         let rope = rope_tables(&runner, &config, options.max_model_len)?;
         let config = share.config(&config);
-        let work = Workspace::new(runner.cuda(), &config, &share, options)?;
+        let work = Workspace::new(runner.cuda(), &config, options)?;
         let scratch =
             Scratch::new(runner.cuda(), layers.iter().flat_map(Layer::weights), options.max_tokens)?;
         let gemm = Gemm::new(runner.cuda(), GemmOptions::default())?;
@@ -146,6 +147,7 @@ struct Loader<'a> {
     /// Whether layers are rounded to e4m3.
     fp8: bool,
     uploader: RefCell<Uploader>,
+    rank: usize,
 }
 
 impl Loader<'_> {
@@ -157,8 +159,12 @@ impl Loader<'_> {
                 names.iter().zip(parts).map(|(name, (_, rows))| Part::rows(name, rows)).collect();
             self.linear(&parts)
         };
-        let row_parallel =
-            |part: &str, cols: &Range<usize>| self.linear(&[Part::cols(&in_layer(part), cols)]);
+        let row_parallel = |part: &str, cols: &Range<usize>| {
+            let mut weight = self.linear(&[Part::cols(&in_layer(part), cols)])?;
+            // The ranks' results are summed: one of them has the bias.
+            weight.bias = weight.bias.filter(|_| self.rank == 0);
+            Ok::<_, CudaLoadError>(weight)
+        };
         let Share { queries, keys, intermediate, .. } = share;
         let qkv = [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)];
         let gate_up = [("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)];
@@ -430,14 +436,31 @@ fn rope_tables(
     Ok(buffer)
 }
 
+/// The vocabulary rows of each of `size` ranks.
+fn vocab_of_ranks(vocab_size: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..size).map(move |rank| vocab_rows(vocab_size, Shard { rank, size }))
+}
+
+impl JoinedLogits {
+    fn new(cuda: &Cuda, vocab_size: usize, size: usize, max_rows: usize) -> Result<Self, CudaError> {
+        let widest = vocab_of_ranks(vocab_size, size).map(|rows| rows.len()).max().unwrap_or(0);
+        let ends = vocab_of_ranks(vocab_size, size).map(|rows| rows.end as i32);
+        let starts: Vec<i32> = std::iter::once(0).chain(ends).collect();
+        let on_device = cuda.alloc(4 * starts.len())?;
+        on_device.as_slice().write(&starts)?;
+        Ok(Self {
+            parts: cuda.alloc(4 * size * max_rows * widest)?,
+            starts: on_device,
+            logits: cuda.alloc(4 * max_rows * vocab_size)?,
+            widest,
+        })
+    }
+}
+
 impl Workspace {
-    fn new(
-        cuda: &Cuda,
-        config: &ModelConfig,
-        share: &Share,
-        options: CudaLlamaOptions,
-    ) -> Result<Self, CudaError> {
-        let CudaLlamaOptions { max_tokens, max_logits_rows, .. } = options;
+    fn new(cuda: &Cuda, config: &ModelConfig, options: CudaLlamaOptions) -> Result<Self, CudaError> {
+        let CudaLlamaOptions { max_tokens, max_logits_rows, shard, .. } = options;
+        let widest = vocab_of_ranks(config.vocab_size, shard.size).map(|rows| rows.len()).max().unwrap_or(0);
         let (hidden, query) = (config.hidden_size, config.query_size());
         let intermediate = config.intermediate_size;
         // Rows that no step has written are read by graphs of a larger bucket: zeros there harm nothing.
@@ -453,7 +476,10 @@ impl Workspace {
             delta: values(max_tokens, hidden, 2)?,
             gate_up: values(max_tokens, 2 * intermediate, 2)?,
             gated: values(max_tokens, intermediate, 2)?,
-            logits: values(max_logits_rows, share.vocab.len(), 4)?,
+            logits: values(max_logits_rows, widest, 4)?,
+            joined: (shard.size > 1)
+                .then(|| JoinedLogits::new(cuda, config.vocab_size, shard.size, max_logits_rows))
+                .transpose()?,
         })
     }
 }

@@ -13,8 +13,9 @@ mod weight;
 
 use std::collections::HashMap;
 
+use tandem_kernels::comm::{DeviceCollectives, DeviceCommError};
 use tandem_kernels::cuda::launcher::{
-    self, Address, Heads, KvCache, KvType, MAX_GEMV_TOKENS, Norm, RopeTables, Splits,
+    self, Address, ColumnParts, Heads, KvCache, KvType, MAX_GEMV_TOKENS, Norm, RopeTables, Splits,
 };
 use tandem_kernels::cuda::{
     CudaError, DeviceBuffer, DeviceSlice, GRAPH_BUCKETS, Gemm, Graph, Runner, bucket_of,
@@ -104,7 +105,24 @@ struct Workspace {
     gated: DeviceBuffer,
     /// f32 `[R, V]`, on this rank those of its vocabulary rows.
     logits: DeviceBuffer,
+    /// Those of all ranks; none in a model of one rank.
+    joined: Option<JoinedLogits>,
 }
+
+/// Logits of several ranks.
+struct JoinedLogits {
+    /// f32: one rank's part after another.
+    parts: DeviceBuffer,
+    /// i32 `[P + 1]`: where each rank's columns begin.
+    starts: DeviceBuffer,
+    /// f32 `[R, V]`.
+    logits: DeviceBuffer,
+    /// The most columns of a rank.
+    widest: usize,
+}
+
+/// The other ranks, where there are any.
+pub type Others<'a> = Option<&'a mut dyn DeviceCollectives>;
 
 /// Keys and values of all layers.
 struct KvPool {
@@ -159,30 +177,52 @@ impl CudaLlama {
         2 * self.config.num_layers * block_bytes(&self.config, self.options.kv_type)
     }
 
-    /// Takes the memory of `num_blocks` blocks of KV in place of what was there, tunes the products and records the graphs that
-    /// the options ask for. What is in the blocks is undefined.
+    /// Takes the memory of `num_blocks` blocks of KV in place of what was there, unless that was as many. What is in the blocks is
+    /// undefined, and no step is recorded any more ([`CudaLlama::record`]).
     ///
     /// # Errors
     /// [`CudaError`]: memory above all.
     pub fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), CudaError> {
-        self.graphs.clear();
+        self.forget_graphs();
+        if self.num_blocks() == num_blocks {
+            return Ok(());
+        }
         self.kv = None;
         self.kv = Some(KvPool::new(&self.runner, &self.config, self.options.kv_type, num_blocks)?);
-        self.tune()?;
-        if self.options.graphs {
-            self.record_graphs()?;
+        Ok(())
+    }
+
+    /// Records the steps that can be, if the options ask for it, together with all others.
+    ///
+    /// # Errors
+    /// [`DeviceCommError`].
+    pub fn record(&mut self, mut others: Others<'_>) -> Result<(), DeviceCommError> {
+        self.forget_graphs();
+        let can_be = others.as_ref().is_none_or(|others| others.is_queued());
+        if self.options.graphs && can_be {
+            self.record_graphs(&mut others)?;
         }
         Ok(())
     }
 
-    /// Queues one step: afterwards the logits `[R, V]` of `batch.logits_rows` are on the device ([`CudaLlama::logits`]).
+    /// Lets go of what was recorded; a communicator that recorded steps hold cannot end.
+    pub fn forget_graphs(&mut self) {
+        self.graphs.clear();
+    }
+
+    /// Queues one step: afterwards the logits `[R, V]` of `batch.logits_rows` are on the device ([`CudaLlama::logits`]), on every
+    /// rank. All ranks compute the same batches in the same order.
     ///
     /// # Errors
-    /// [`CudaError`]; the step is not done then, and its KV is in doubt.
+    /// [`DeviceCommError`]; the step is not done then, and its KV is in doubt.
     ///
     /// # Panics
-    /// If the batch is larger than the options allow or its arrays do not fit together, or if there is no memory for KV yet.
-    pub fn forward(&mut self, batch: &ForwardBatch) -> Result<(), CudaError> {
+    /// If the batch is larger than the options allow or its arrays do not fit together, if there is no memory for KV yet, or if
+    /// `others` are not those of the model's shard.
+    pub fn forward(&mut self, batch: &ForwardBatch, mut others: Others<'_>) -> Result<(), DeviceCommError> {
+        let Shard { rank, size } = self.options.shard;
+        let place = others.as_ref().map_or((0, 1), |others| others.place());
+        assert_eq!(place, (rank, size), "the others of the model's shard");
         let tokens = batch.num_tokens();
         let logits_rows = batch.logits_rows.len();
         assert!(tokens <= self.options.max_tokens, "step of {tokens} tokens");
@@ -192,10 +232,10 @@ impl CudaLlama {
         let bucket = if is_decode { bucket_of(tokens) } else { None };
         if let Some((bucket, graph)) = bucket.and_then(|rows| Some((rows, self.graphs.get_mut(&rows)?))) {
             self.work.arrays.upload(batch, bucket)?;
-            return self.runner.replay(graph);
+            return Ok(self.runner.replay(graph)?);
         }
         self.work.arrays.upload(batch, tokens)?;
-        self.operations(Shape { tokens, logits_rows }, &runs(batch))
+        self.operations(Shape { tokens, logits_rows }, &runs(batch), &mut others)
     }
 
     /// f32 `[R, V]`: what the last step came to, in so many rows.
@@ -203,7 +243,8 @@ impl CudaLlama {
     /// # Panics
     /// If there are not so many rows.
     pub fn logits(&self, num_rows: usize) -> DeviceSlice<'_, f32> {
-        self.work.logits.slice(0, num_rows * self.share.vocab.len())
+        let logits = self.work.joined.as_ref().map_or(&self.work.logits, |joined| &joined.logits);
+        logits.slice(0, num_rows * self.config.vocab_size)
     }
 
     /// Overwrites blocks with NaN.
@@ -230,7 +271,12 @@ impl CudaLlama {
     }
 
     /// Queues the operations of a step whose arrays are on the device.
-    fn operations(&mut self, shape: Shape, runs: &[Run]) -> Result<(), CudaError> {
+    fn operations(
+        &mut self,
+        shape: Shape,
+        runs: &[Run],
+        others: &mut Others<'_>,
+    ) -> Result<(), DeviceCommError> {
         let Self { config, options, share, runner, gemm, work, scratch, .. } = self;
         let kv = self.kv.as_ref().expect("memory for KV");
         let (tokens, arrays) = (shape.tokens, &work.arrays);
@@ -257,6 +303,9 @@ impl CudaLlama {
             config.hidden_size,
             vocab,
         ))?;
+        if let Some(others) = others {
+            others.all_reduce_f32(work.hidden.slice(0, tokens * config.hidden_size))?;
+        }
         runner.launch(&launcher::rms_norm(normed, hidden, tokens, norm(&self.layers[0].attention_norm)))?;
         for (index, layer) in self.layers.iter().enumerate() {
             layer.qkv.multiply(&mut products, tokens, &work.normed, &work.qkv)?;
@@ -275,15 +324,21 @@ impl CudaLlama {
             for run in runs {
                 attention(runner, work, *run, tokens, of)?;
             }
-            let add =
-                |products: &mut Products<'_>, layer: &Weight, x: &DeviceBuffer, weight: &DeviceBuffer| {
-                    if layer.add(products, tokens, x, &work.hidden)? {
-                        return runner.launch(&launcher::rms_norm(normed, hidden, tokens, norm(weight)));
-                    }
-                    layer.multiply(products, tokens, x, &work.delta)?;
-                    let delta = address(&work.delta);
-                    runner.launch(&launcher::add_rms_norm_bf16(normed, hidden, delta, tokens, norm(weight)))
-                };
+            let mut add = |products: &mut Products<'_>,
+                           layer: &Weight,
+                           x: &DeviceBuffer,
+                           weight: &DeviceBuffer| {
+                if others.is_none() && layer.add(products, tokens, x, &work.hidden)? {
+                    return Ok(runner.launch(&launcher::rms_norm(normed, hidden, tokens, norm(weight)))?);
+                }
+                layer.multiply(products, tokens, x, &work.delta)?;
+                if let Some(others) = others {
+                    others.all_reduce_bf16(work.delta.slice(0, tokens * config.hidden_size))?;
+                }
+                let delta = address(&work.delta);
+                runner.launch(&launcher::add_rms_norm_bf16(normed, hidden, delta, tokens, norm(weight)))?;
+                Ok::<_, DeviceCommError>(())
+            };
             add(&mut products, &layer.attention_output, &work.attention, &layer.mlp_norm)?;
             layer.gate_up.swiglu(&mut products, tokens, &work.normed, &work.gate_up, &work.gated)?;
             let next = self.layers.get(index + 1).map_or(&self.norm, |next| &next.attention_norm);
@@ -296,12 +351,18 @@ impl CudaLlama {
             runner.launch(&launcher::gather_rms_norm(normed, hidden, at, rows, norm(&self.norm)))?;
             let lm_head = self.lm_head.as_ref().unwrap_or(&self.embedding);
             lm_head.multiply_f32(&mut products, rows, &work.normed, &work.logits)?;
+            if let (Some(others), Some(joined)) = (others, &work.joined) {
+                joined.gather(runner, *others, &work.logits, rows, config.vocab_size)?;
+            }
         }
         Ok(())
     }
 
-    /// Times the library's products for the shapes that steps have.
-    fn tune(&mut self) -> Result<(), CudaError> {
+    /// Times the library's products for the shapes that steps have, before KV takes the memory that this needs for a moment.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn tune(&mut self) -> Result<(), CudaError> {
         let rows: Vec<usize> = GRAPH_BUCKETS
             .into_iter()
             .filter(|rows| *rows > MAX_GEMV_TOKENS)
@@ -322,7 +383,7 @@ impl CudaLlama {
     }
 
     /// Records a step of every bucket. Each is run once before, on dummy rows that write to no block.
-    fn record_graphs(&mut self) -> Result<(), CudaError> {
+    fn record_graphs(&mut self, others: &mut Others<'_>) -> Result<(), DeviceCommError> {
         let most = self.options.max_tokens.min(self.options.max_seqs).min(self.options.max_logits_rows);
         for rows in GRAPH_BUCKETS.into_iter().filter(|rows| *rows <= most) {
             let shape = Shape { tokens: rows, logits_rows: rows };
@@ -330,12 +391,17 @@ impl CudaLlama {
             self.work
                 .arrays
                 .upload(&ForwardBatch { cu_seqlens: vec![0], ..ForwardBatch::default() }, rows)?;
-            self.operations(shape, &runs)?;
+            self.operations(shape, &runs, others)?;
             let cuda = self.runner.cuda().clone();
-            let graph = cuda.capture(|| self.operations(shape, &runs))?;
-            self.graphs.insert(rows, graph);
+            let mut outcome = Ok(());
+            let graph = cuda.capture(|| {
+                outcome = self.operations(shape, &runs, others);
+                Ok(())
+            });
+            outcome?;
+            self.graphs.insert(rows, graph?);
         }
-        self.runner.cuda().synchronize()
+        Ok(self.runner.cuda().synchronize()?)
     }
 }
 
@@ -378,6 +444,25 @@ const BLOCKS_PER_SM: usize = 3;
 const MAX_SPLITS: usize = 32;
 /// Memory of their partial results.
 const PARTIAL_BYTES: usize = 64 << 20;
+
+impl JoinedLogits {
+    /// Queues that the columns of all ranks, `own` of this one, come together.
+    fn gather(
+        &self,
+        runner: &Runner,
+        others: &mut dyn DeviceCollectives,
+        own: &DeviceBuffer,
+        num_rows: usize,
+        vocab_size: usize,
+    ) -> Result<(), DeviceCommError> {
+        let (_, world_size) = others.place();
+        let part_values = num_rows * self.widest;
+        others.all_gather_f32(own.slice(0, part_values), self.parts.slice(0, world_size * part_values))?;
+        let (parts, starts) = (address(&self.parts), address(&self.starts));
+        let of = ColumnParts { parts, starts, part_values, world_size };
+        Ok(runner.launch(&launcher::join_columns(address(&self.logits), of, num_rows, vocab_size))?)
+    }
+}
 
 /// All ones is NaN in every type that KV has.
 const NAN_PATTERN: u32 = u32::MAX;

@@ -116,7 +116,7 @@ impl Weight {
         products.gemm.run((rows, n, k), x, values.as_slice(), y)
     }
 
-    /// Queues `hidden` f32 `[rows, N]` += the layer of `x`, if one launch does that; whether it does. If not,
+    /// Queues `hidden` f32 `[rows, N]` += the layer of `x`, if that goes without a detour; whether it does. If not,
     /// [`Weight::multiply`] and an addition do.
     pub(super) fn add(
         &self,
@@ -125,11 +125,15 @@ impl Weight {
         x: &DeviceBuffer,
         hidden: &DeviceBuffer,
     ) -> Result<bool, CudaError> {
-        let fits = rows <= MAX_GEMV_TOKENS && self.bias.is_none();
-        if fits {
-            self.gemv(products.runner, Epilogue::AddF32, rows, self.out_features, x, hidden)?;
+        if rows > MAX_GEMV_TOKENS {
+            return Ok(false);
         }
-        Ok(fits)
+        self.gemv(products.runner, Epilogue::AddF32, rows, self.out_features, x, hidden)?;
+        if let Some(bias) = &self.bias {
+            let (hidden, bias) = (address(hidden), address(bias));
+            products.runner.launch(&launcher::add_bias_f32(hidden, bias, rows, self.out_features))?;
+        }
+        Ok(true)
     }
 
     /// Queues `gated` bf16 `[rows, N / 2]` = silu(gate) · up of the layer of `x`, whose first half of rows are gates; by way of
@@ -208,7 +212,7 @@ impl Weight {
     fn add_bias(&self, runner: &Runner, rows: usize, y: &DeviceBuffer) -> Result<(), CudaError> {
         match &self.bias {
             Some(bias) => {
-                runner.launch(&launcher::add_bias(address(y), address(bias), rows, self.out_features))
+                runner.launch(&launcher::add_bias_bf16(address(y), address(bias), rows, self.out_features))
             }
             None => Ok(()),
         }

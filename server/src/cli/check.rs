@@ -30,7 +30,7 @@ pub(super) fn check(config: ServeConfig) -> Result<(), Exit> {
     let mut findings = Findings::default();
     machine(&config, &mut findings);
     group(&config, &mut findings);
-    match startup::inspect(&config.common) {
+    match startup::inspect(&config.common, config.group.as_ref(), 0) {
         Ok(inspected) => {
             if let Some(device) = inspected.device() {
                 findings.line("GPU", device);

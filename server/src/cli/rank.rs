@@ -39,7 +39,7 @@ pub(super) fn rank(config: RankConfig) -> Result<(), Exit> {
         .name("tandem-parent".into())
         .spawn(move || follow_parent(&orders))
         .map_err(Exit::failed)?;
-    let inspected = startup::inspect(&serve.common)?;
+    let inspected = startup::inspect(&serve.common, Some(&group), local_rank)?;
     let options = startup::engine_options(&serve.common, serve.max_num_queued_reqs);
     let port = if group.rank_port == 0 { 0 } else { group.rank_port.saturating_add(local_rank as u16) };
     let ip = if group.is_local() { Ipv4Addr::LOCALHOST.into() } else { serve.host };

@@ -51,7 +51,7 @@ pub(super) fn prepare(
     group: Option<&GroupConfig>,
     options: EngineOptions,
 ) -> Result<Prepared, Exit> {
-    let inspected = inspect(config)?;
+    let inspected = inspect(config, group, 0)?;
     let tokenizer = Tokenizer::from_model(inspected.tokenizer()).map_err(Exit::refused)?.map(Arc::new);
     if let Some(note) = tokenizer.as_ref().and_then(|tokenizer| vocabulary_note(&inspected, tokenizer)) {
         tracing::warn!("{note}");
@@ -78,9 +78,15 @@ pub(super) fn plan(
     plan.map_err(|e| refusal(config, e))
 }
 
-/// Reads the model's headers and configuration.
-pub(super) fn inspect(config: &CommonConfig) -> Result<Inspected, Exit> {
-    tandem_engine::inspect(&model_options(config)).map_err(|e| refusal(config, e))
+/// Reads the model's headers and configuration, for a local rank of a group or the only one.
+pub(super) fn inspect(
+    config: &CommonConfig,
+    group: Option<&GroupConfig>,
+    local_rank: usize,
+) -> Result<Inspected, Exit> {
+    let local_ranks = group.map_or(1, |group| group.gpus_per_pod);
+    let options = ModelOptions { device_ordinal: local_rank, local_ranks, ..model_options(config) };
+    tandem_engine::inspect(&options).map_err(|e| refusal(config, e))
 }
 
 /// What is to be said of a tokenizer with more tokens than the model: prompts that use them are refused one by one.
@@ -220,6 +226,7 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
             Device::Cuda => DeviceChoice::Cuda,
         },
         device_ordinal: 0,
+        local_ranks: 1,
         isa: match config.isa {
             Isa::Auto => None,
             Isa::Amx => Some(tandem_engine::Isa::Amx),

@@ -46,14 +46,17 @@ pub(super) fn norm(checks: &mut Checks<'_>) {
         checks.case(format!("add_rms_norm_f32 {shape}"), |case| {
             norm_case(case, num_tokens, size, Input::AddF32)
         });
-        checks.case(format!("add_bias {shape}"), |case| {
+        checks.case(format!("add_bias_bf16, add_bias_f32 {shape}"), |case| {
             let x = case.random.bf16s(num_tokens * size, 1.0);
             let bias = case.random.bf16s(size, 1.0);
             let expected: Vec<f64> =
                 x.iter().zip(bias.iter().cycle()).map(|(x, b)| x.to_f64() + b.to_f64()).collect();
-            let (x, bias) = (case.input(&x)?, case.input(&bias)?);
-            case.launch(launcher::add_bias(x.address, bias.address, num_tokens, size))?;
-            case.expect_bf16("x", x, &expected)
+            let in_f32: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+            let (x, in_f32, bias) = (case.input(&x)?, case.input(&in_f32)?, case.input(&bias)?);
+            case.launch(launcher::add_bias_bf16(x.address, bias.address, num_tokens, size))?;
+            case.expect_bf16("x", x, &expected)?;
+            case.launch(launcher::add_bias_f32(in_f32.address, bias.address, num_tokens, size))?;
+            case.expect_f32("x in f32", in_f32, &expected)
         });
     }
 }

@@ -6,6 +6,7 @@
 
 mod attention;
 mod collective;
+mod columns;
 mod elementwise;
 mod linear;
 mod random;
@@ -37,12 +38,14 @@ pub const GROUPS: &[(&str, Group)] = &[
     ("rope", elementwise::rope),
     ("activation", elementwise::activation),
     ("blocks", elementwise::blocks),
+    ("columns", columns::columns),
     ("gemv", linear::gemv),
     ("quantize", linear::quantize),
     ("attention_decode", attention::decode),
     ("attention_prefill", attention::prefill),
     ("argmax", sampling::argmax),
     ("sample", sampling::sample),
+    ("log_probs", sampling::log_probs),
     ("all_reduce", collective::all_reduce),
 ];
 
@@ -262,5 +265,5 @@ mod tests {
         };
     }
 
-    groups!(embed norm rope activation blocks gemv quantize attention_decode attention_prefill argmax sample all_reduce);
+    groups!(embed norm rope activation blocks columns gemv quantize attention_decode attention_prefill argmax sample log_probs all_reduce);
 }

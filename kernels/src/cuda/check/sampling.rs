@@ -1,6 +1,6 @@
 //! Checks of sampling: the very tokens.
 
-use super::super::launcher::{self, Answers, SampleLists, SampleRow, TokenBias, UsedToken, status};
+use super::super::launcher::{self, Answers, LogProbs, SampleLists, SampleRow, TokenBias, UsedToken, status};
 use super::super::reference;
 use super::{Buffer, Case, Checks, Element};
 
@@ -203,6 +203,54 @@ pub(super) fn sample(checks: &mut Checks<'_>) {
                 vocab,
             ))?;
             outputs.check(case, &expected)
+        });
+    }
+}
+
+pub(super) fn log_probs(checks: &mut Checks<'_>) {
+    for (vocab, num_top) in [(3, 5), (1000, 0), (9001, 7)] {
+        checks.case(format!("log_probs of {vocab}, {num_top} best"), |case| {
+            // The last of them a row of a bucket that is not used.
+            let rows = [2, 0, 1, 2, -1];
+            let logits: Vec<Vec<f32>> = (0..3).map(|_| random_row(case, vocab)).collect();
+            let targets: Vec<i32> = rows.iter().map(|_| case.random.below(vocab) as i32).collect();
+            let used = rows.len() - 1;
+            let (mut log_probs, mut ranks) = (Vec::new(), Vec::new());
+            let (mut top_tokens, mut top) = (Vec::new(), Vec::new());
+            for (&row, &target) in rows[..used].iter().zip(&targets) {
+                let expected = reference::log_probs(&logits[row as usize], target as usize, num_top);
+                log_probs.push(expected.target);
+                ranks.push(expected.rank);
+                top_tokens.extend(expected.top.iter().map(|&(token, _)| token));
+                top.extend(expected.top.iter().map(|&(_, log_prob)| log_prob));
+            }
+
+            let out = (case.output(rows.len())?, case.output(rows.len())?);
+            let out_top = (case.output(rows.len() * num_top)?, case.output(rows.len() * num_top)?);
+            let places = LogProbs {
+                target: out.0.address,
+                rank: out.1.address,
+                top_tokens: out_top.0.address,
+                top: out_top.1.address,
+            };
+            let logits = case.input(&logits.concat())?.address;
+            let (rows_in, targets) = (case.input(&rows)?.address, case.input(&targets)?.address);
+            case.launch(launcher::log_probs(places, logits, rows_in, targets, rows.len(), num_top, vocab))?;
+
+            // What is left alone has the bits it had.
+            ranks.push(-1);
+            top_tokens.extend(vec![-1; num_top]);
+            case.expect_equal("rank", out.1, &ranks)?;
+            case.expect_equal("top tokens", out_top.0, &top_tokens)?;
+            let (found, found_top): (Vec<f32>, Vec<f32>) = (case.read(out.0)?, case.read(out_top.1)?);
+            // An excluded token has −∞ on both sides; past the vocabulary is −∞, too.
+            let pairs = found[..used].iter().zip(&log_probs).chain(found_top.iter().zip(&top));
+            let (finite, infinite): (Vec<_>, Vec<_>) = pairs.partition(|(_, expected)| expected.is_finite());
+            if infinite.iter().any(|(found, _)| **found != f32::NEG_INFINITY) {
+                return Err("an excluded token has a log-probability".into());
+            }
+            let expected: Vec<f64> = finite.iter().map(|(_, expected)| **expected).collect();
+            case.expect("log-probabilities", finite.iter().map(|(found, _)| **found), &expected, 1e-5)
         });
     }
 }

@@ -109,11 +109,26 @@ fn add_rms_norm(
 }
 
 /// x bf16 [T,N] += bias bf16 [N].
-pub fn add_bias(x: Address, bias: Address, num_tokens: usize, num_columns: usize) -> Launch {
+pub fn add_bias_bf16(x: Address, bias: Address, num_tokens: usize, num_columns: usize) -> Launch {
+    add_bias("add_bias_bf16", x, bias, num_tokens, num_columns)
+}
+
+/// x f32 [T,N] += bias bf16 [N]: of an output projection, whose product was added to the residual stream.
+pub fn add_bias_f32(x: Address, bias: Address, num_tokens: usize, num_columns: usize) -> Launch {
+    add_bias("add_bias_f32", x, bias, num_tokens, num_columns)
+}
+
+fn add_bias(
+    kernel: &'static str,
+    x: Address,
+    bias: Address,
+    num_tokens: usize,
+    num_columns: usize,
+) -> Launch {
     check_columns("row", num_columns);
     let threads = threads_for(num_columns, 8, 256);
     let grid = [num_tokens, num_columns.div_ceil(8 * threads), 1];
-    Launch::new("norm", "add_bias", grid, threads, [x.into(), bias.into(), num_columns.into()])
+    Launch::new("norm", kernel, grid, threads, [x.into(), bias.into(), num_columns.into()])
 }
 
 /// Heads of the attention of one rank.

@@ -9,12 +9,14 @@
 
 mod attention;
 mod collective;
+mod columns;
 mod elementwise;
 mod linear;
 mod sampling;
 
 pub use attention::*;
 pub use collective::*;
+pub use columns::*;
 pub use elementwise::*;
 pub use linear::*;
 pub use sampling::*;

@@ -120,3 +120,41 @@ pub fn sample(
     ];
     Launch::new("sample", "sample", [num_rows, 1, 1], 1024, args)
 }
+
+/// Where log-probabilities go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogProbs {
+    /// f32 [n]: of the target.
+    pub target: Address,
+    /// i32 [n]: 1 + the number of larger logits.
+    pub rank: Address,
+    /// i32 [n][top]: the tokens with the largest logits, in order; −1 past the vocabulary.
+    pub top_tokens: Address,
+    /// f32 [n][top].
+    pub top: Address,
+}
+
+/// Log-probabilities under rows of logits f32 [R,V] as the model made them: of targets i32 [n] under rows i32 [n], and of
+/// the `num_top` best tokens. A row or target of −1 is left alone.
+pub fn log_probs(
+    out: LogProbs,
+    logits: Address,
+    rows: Address,
+    targets: Address,
+    num_rows: usize,
+    num_top: usize,
+    vocab: usize,
+) -> Launch {
+    let args = [
+        out.target.into(),
+        out.rank.into(),
+        out.top_tokens.into(),
+        out.top.into(),
+        logits.into(),
+        rows.into(),
+        targets.into(),
+        num_top.into(),
+        vocab.into(),
+    ];
+    Launch::new("log_probs", "log_probs", [num_rows, 1, 1], 1024, args)
+}

@@ -29,7 +29,7 @@ pub(super) fn perplexity(mut common: CommonConfig, wanted: &PerplexityConfig) ->
         |flag: &str, message: String| Exit::refused(ConfigError::new(common.origins.of(flag), message));
     let text = read_text(&wanted.file).map_err(|message| refuse("perplexity", message))?;
     let context = wanted.context;
-    let longest = startup::inspect(&common)?.info().max_position_embeddings;
+    let longest = startup::inspect(&common, None, 0)?.info().max_position_embeddings;
     let longest = common.max_model_len.map_or(longest, |given| given.min(longest));
     if context > longest {
         return Err(refuse(

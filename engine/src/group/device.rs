@@ -1,0 +1,65 @@
+//! What a rank computes with: its share of a model on a CPU or a GPU, the memory of its KV, and its connections to the others.
+
+use std::net::TcpStream;
+use std::time::Duration;
+
+use tandem_models::ForwardBatch;
+
+use super::compute::Aborts;
+use crate::error::RowError;
+use crate::executor::SampledToken;
+use crate::sample_row::SampleRow;
+
+/// A loaded share of a model. Made and used by the computing thread.
+pub(crate) trait ShardDevice {
+    /// Takes memory for `num_blocks` blocks of KV, again or for the first time, with whatever is in them, and makes of the
+    /// connections to the other ranks what collectives need. Until the next call, steps are computed with those.
+    ///
+    /// # Errors
+    /// In words; what was formed before is gone, too.
+    fn form(&mut self, forming: Forming<'_>) -> Result<(), ShardError>;
+
+    /// Computes a step together with all others, and on rank 0 answers the rows; how long the model took.
+    ///
+    /// # Errors
+    /// In words; the others cannot go on either.
+    fn step(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<ShardOutput, ShardError>;
+
+    /// Overwrites the KV of these blocks with NaN.
+    fn fill_nan(&mut self, blocks: &[u32]);
+
+    fn vocab_size(&self) -> usize;
+}
+
+/// What a step came to.
+pub(crate) struct ShardOutput {
+    pub(crate) forward: Duration,
+    pub(crate) rows: Vec<Result<SampledToken, RowError>>,
+}
+
+/// The beginning of an epoch.
+pub(crate) struct Forming<'a> {
+    pub(crate) rank: usize,
+    pub(crate) size: usize,
+    pub(crate) epoch: u64,
+    pub(crate) num_blocks: usize,
+    /// A connection to every other rank.
+    pub(crate) peers: Vec<Option<TcpStream>>,
+    /// Where to put what ends collectives that are under way.
+    pub(crate) aborts: &'a Aborts,
+}
+
+/// Why a rank did not compute.
+#[derive(Debug)]
+pub(crate) enum ShardError {
+    /// It can again, once the group is whole.
+    Failed(String),
+    /// This process never will: a new one has to take its place.
+    Unfit(String),
+}
+
+impl<E: std::error::Error> From<E> for ShardError {
+    fn from(error: E) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
