@@ -55,9 +55,9 @@ pub use group::{
 pub use handle::{EngineHandle, EngineState, spawn, spawn_with};
 pub use histogram::Histogram;
 pub use load::{
-    BackendInfo, DeviceChoice, EngineOptions, EnginePlan, Gathering, Inspected, KernelCheck, LeadOptions,
-    LoadError, LoadFormat, Loaded, MachineInfo, ModelDType, ModelInfo, ModelOptions, check_kernels,
-    compile_kernels, inspect, machine_info, measure_limits,
+    BackendInfo, DeviceChoice, EngineOptions, EnginePlan, Gathering, Inspected, KernelCheck, KvLayout,
+    LeadOptions, LoadError, LoadFormat, Loaded, MachineInfo, ModelDType, ModelInfo, ModelOptions,
+    check_kernels, compile_kernels, inspect, machine_info, measure_limits,
 };
 pub use penalties::TokenUse;
 pub use request::Request;

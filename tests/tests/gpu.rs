@@ -109,6 +109,31 @@ fn a_gpu_gives_the_numbers_of_a_cpu() {
     }
 }
 
+/// e4m3 has three bits of mantissa: more apart, but not by units.
+#[test]
+fn weights_and_kv_in_fp8_are_near() {
+    let _turn = turn();
+    let exact = start("dummy-d128", "cpu", &["--dtype", "f32"]);
+    // 9.0 multiplies fp8 itself, 8.9 reads it.
+    for (capability, arguments) in [
+        ("90", ["--quantization", "fp8"]),
+        ("89", ["--quantization", "fp8"]),
+        ("90", ["--kv-cache-dtype", "fp8"]),
+    ] {
+        let mut environment = stand_in::environment(1, MEMORY);
+        environment.push(("STUB_CAPABILITY".into(), capability.into()));
+        let gpu = start_with("dummy-d128", "cuda", &arguments, &environment);
+        for len in [5, 130] {
+            let prompt = prompt(len, len);
+            let (expected, found) = (scores(&exact, &prompt), scores(&gpu, &prompt));
+            let apart: f64 = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).sum();
+            let mean = apart / found.len() as f64;
+            println!("{capability} {arguments:?}, {len} tokens: {mean:.4} apart on average");
+            assert!(mean > 0.004 && mean < 0.15, "{capability} {arguments:?}: {mean} apart in {len} tokens");
+        }
+    }
+}
+
 /// Steps that are replayed and steps that are queued operation by operation are the same operations.
 #[test]
 fn graphs_change_nothing() {
@@ -253,4 +278,20 @@ fn heal(group: &Server) {
     assert_eq!(resumed.logprobs[..before], undisturbed.logprobs[..before]);
     assert_eq!((undisturbed.logprobs.len(), resumed.logprobs.len()), (60, 60));
     assert_eq!(group.metric("llm_stream_resumes_total"), 1.0);
+}
+
+#[test]
+fn options_of_a_gpu_are_refused_on_a_cpu() {
+    let _turn = turn();
+    let model = golden_path("dummy-d64");
+    for (option, value) in [("--quantization", "fp8"), ("--kv-cache-dtype", "fp8")] {
+        let all = [&[model.to_str().expect("UTF-8"), option, value][..], &SMALL].concat();
+        let mut server = Server::spawn(&all);
+        assert_eq!(server.wait(Duration::from_secs(30)).code(), Some(2));
+        assert!(
+            server.output().contains(option) && server.output().contains("for GPUs"),
+            "{}",
+            server.output()
+        );
+    }
 }

@@ -4,6 +4,7 @@ use tandem_kernels::comm::Nccl;
 use tandem_kernels::cuda::{
     self, Cuda, DeviceInfo, DeviceLauncher, KernelCache, Runner, Target, Unavailable, launcher::KvType,
 };
+use tandem_kernels::limits::Limits;
 use tandem_kernels::{Activations, KvDType};
 use tandem_models::{CudaLlama, CudaLlamaOptions, CudaLoadError, Shard};
 
@@ -65,6 +66,25 @@ impl ChosenDevice {
 /// # Errors
 /// [`LoadError::Option`] if a GPU is asked for and there is none, or if an option does not fit one.
 pub(super) fn choose(options: &ModelOptions) -> Result<Option<ChosenDevice>, LoadError> {
+    let chosen = find(options)?;
+    let refuse = |option, what: &str| {
+        let reason = format!("{what} in fp8 are for GPUs, and none is used");
+        Err(LoadError::Option { option, reason })
+    };
+    match &chosen {
+        None if options.fp8_weights => refuse("quantization", "weights"),
+        None if options.fp8_kv_cache => refuse("kv-cache-dtype", "keys and values"),
+        Some(device) if options.fp8_weights && device.info.capability < (8, 9) => {
+            refuse("quantization", "weights").map_err(|_| LoadError::Option {
+                option: "quantization",
+                reason: format!("{} multiplies no fp8; it takes compute capability 8.9", device.info.name),
+            })
+        }
+        _ => Ok(chosen),
+    }
+}
+
+fn find(options: &ModelOptions) -> Result<Option<ChosenDevice>, LoadError> {
     let refuse = |option, reason: String| Err(LoadError::Option { option, reason });
     let found = match options.device {
         DeviceChoice::Cpu => return Ok(None),
@@ -146,8 +166,8 @@ impl Inspected {
             max_seqs: options.max_num_seqs,
             max_logits_rows: options.max_logits_rows(),
             max_model_len: before.max_model_len,
-            kv_type: KvType::Bf16,
-            fp8_weights: false,
+            kv_type: if self.options.fp8_kv_cache { KvType::Fp8 } else { KvType::Bf16 },
+            fp8_weights: self.options.fp8_weights,
             graphs: !options.enforce_eager,
             shard,
         };
@@ -212,7 +232,7 @@ impl Inspected {
         shard: Shard,
     ) -> Result<LoadedShard, LoadError> {
         let (model, _, free_bytes) = self.load_on_device(device, options, shard)?;
-        let max_blocks = plan::capacity(model.config(), self.kv_dtype(), options, free_bytes);
+        let max_blocks = plan::capacity(model.config(), self.kv_layout(), options, free_bytes);
         let bytes = model.weight_bytes();
         let loaded = GroupLoaded { max_blocks, weight_bytes: bytes, read_bytes: bytes };
         let cpu = make_cpu(&self.options)?;
@@ -230,6 +250,13 @@ impl Inspected {
             has_own_cores: false,
         })
     }
+}
+
+/// What a GPU can do at most.
+pub(super) fn measure_limits(device: &ChosenDevice) -> Result<Limits, LoadError> {
+    let cuda = Cuda::open(device.info.ordinal).map_err(CudaLoadError::from)?;
+    let runner = Runner::load(&cuda, &KernelCache::from_env()).map_err(CudaLoadError::from)?;
+    Ok(cuda::limits::measure(&runner).map_err(CudaLoadError::from)?)
 }
 
 /// Compiles every kernel for an architecture, for example `sm_90a`, into the cache; how many files there are. Needs no GPU.

@@ -9,7 +9,9 @@ use tandem_models::{Llama, LlamaOptions, Shard, TensorParallel};
 use tandem_wire::{GroupKey, Incarnation};
 
 use super::plan::Room;
-use super::{BackendInfo, EngineOptions, EnginePlan, Inspected, LoadError, Loaded, machine, make_cpu, plan};
+use super::{
+    BackendInfo, EngineOptions, EnginePlan, Inspected, KvLayout, LoadError, Loaded, machine, make_cpu, plan,
+};
 use crate::error::ExecutorError;
 use crate::group::executor::GroupExecutor;
 use crate::group::leader::LeaderConfig;
@@ -94,7 +96,7 @@ impl Inspected {
         }
         let config = Shard { rank: 0, size }.config(&self.files.config);
         let free_bytes = machine::memory_available_bytes() / local_ranks.max(1) as u64;
-        plan::plan(&config, self.activations(), self.kv_dtype(), options, Room::of_machine(free_bytes))
+        plan::plan(&config, self.activations(), self.kv_layout(), options, Room::of_machine(free_bytes))
     }
 
     /// Everything that all ranks of a group and their leader must have alike.
@@ -108,7 +110,8 @@ impl Inspected {
             ("model", fingerprint),
             ("isa", self.isa()?.to_owned()),
             ("activations", self.activations().name().to_owned()),
-            ("kv-cache-dtype", self.kv_dtype().name().to_owned()),
+            ("kv-cache-dtype", self.kv_layout().name().to_owned()),
+            ("weights", if self.options.fp8_weights { "fp8" } else { "as in the file" }.to_owned()),
             ("segments", split.segments.to_string()),
             ("block-size", options.block_size.to_string()),
             ("max-num-seqs", options.max_num_seqs.to_string()),
@@ -149,7 +152,8 @@ impl Inspected {
         let model = Llama::load(&cpu, &name, self.files.config.clone(), self.files.weights(), llama_options)?;
         // After the weights are in memory: what is free now can hold KV.
         let free_bytes = machine::memory_available_bytes();
-        let capacity = |bytes| plan::capacity(model.config(), kv_dtype, options, bytes);
+        let layout = KvLayout::Cpu(kv_dtype);
+        let capacity = |bytes| plan::capacity(model.config(), layout, options, bytes);
         let held = held_again(held_blocks, capacity(free_bytes));
         if held == 0 {
             self.plan_shard(options, size, local_ranks)?;

@@ -6,12 +6,14 @@
 
 mod cuda;
 mod group;
+mod kv_layout;
 mod machine;
 mod plan;
 
 use std::path::PathBuf;
 
 use tandem_kernels::cpu::{Cpu, CpuOptions, default_threads};
+use tandem_kernels::cuda::launcher::KvType;
 use tandem_kernels::limits::{self, Limits};
 use tandem_kernels::{Activations, DType, Isa, KernelError, KvDType};
 use tandem_models::{
@@ -24,6 +26,7 @@ use cuda::ChosenDevice;
 pub use cuda::{DeviceChoice, KernelCheck, check_kernels, compile_kernels};
 pub use group::{Gathering, LeadOptions};
 pub(crate) use group::{LoadedShard, MachineShare};
+pub use kv_layout::KvLayout;
 pub use machine::{MachineInfo, machine_info};
 pub use plan::EnginePlan;
 use plan::Room;
@@ -74,6 +77,9 @@ pub struct ModelOptions {
     pub activations: Option<Activations>,
     /// Overrides the KV type that `dtype` implies.
     pub kv_cache_dtype: Option<KvDType>,
+    /// e4m3 for KV, and for the weights of layers, which are rounded while they are loaded: on GPUs only.
+    pub fp8_kv_cache: bool,
+    pub fp8_weights: bool,
     /// Overrides the detected instruction set.
     pub isa: Option<Isa>,
     /// Overrides the number of worker threads, which is the number of CPUs that the process may use.
@@ -264,7 +270,10 @@ fn open(options: &ModelOptions) -> Result<ModelFiles, LoadError> {
 /// # Errors
 /// If the backend cannot be made with these options.
 pub fn measure_limits(options: &ModelOptions) -> Result<Limits, LoadError> {
-    Ok(limits::measure(&make_cpu(options)?))
+    match cuda::choose(options)? {
+        Some(device) => cuda::measure_limits(&device),
+        None => Ok(limits::measure(&make_cpu(options)?)),
+    }
 }
 
 impl Inspected {
@@ -310,7 +319,7 @@ impl Inspected {
         size: usize,
     ) -> Result<EnginePlan, LoadError> {
         let config = Shard { rank: 0, size }.config(&self.files.config);
-        plan::plan(&config, self.activations(), self.kv_dtype(), options, room)
+        plan::plan(&config, self.activations(), self.kv_layout(), options, room)
     }
 
     /// Packs the weights and takes the memory of the KV pool. May take seconds.
@@ -329,7 +338,7 @@ impl Inspected {
             max_logits_rows: config.max_logits_rows(),
             shard: Shard::WHOLE,
         };
-        let cpu = make_cpu(&self.options)?;
+        let (cpu, kv_dtype) = (make_cpu(&self.options)?, self.kv_dtype());
         let name = self.info.name.clone();
         let model_config = self.files.config.clone();
         // The files' weights are dropped at the end of this function: what was packed needs them no longer.
@@ -346,7 +355,7 @@ impl Inspected {
             weight_bytes: model.bytes_per_step(),
             kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens as u64,
         };
-        let executor = LocalExecutor::new(cpu, model, plan.num_blocks, plan.kv_dtype)?;
+        let executor = LocalExecutor::new(cpu, model, plan.num_blocks, kv_dtype)?;
         Ok(Loaded { executor: Box::new(executor), config, plan, backend })
     }
 
@@ -382,6 +391,15 @@ impl Inspected {
             ModelDType::F32 => Activations::F32,
             ModelDType::Bf16 => Activations::Bf16,
         })
+    }
+
+    /// The type of KV where it will be.
+    fn kv_layout(&self) -> KvLayout {
+        match &self.device {
+            Some(_) if self.options.fp8_kv_cache => KvLayout::Gpu(KvType::Fp8),
+            Some(_) => KvLayout::Gpu(KvType::Bf16),
+            None => KvLayout::Cpu(self.kv_dtype()),
+        }
     }
 
     fn kv_dtype(&self) -> KvDType {

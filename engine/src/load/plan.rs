@@ -1,9 +1,9 @@
 //! How long contexts may be and how many KV blocks there are, from model, options and free memory.
 
-use tandem_kernels::{Activations, KvDType};
-use tandem_models::{Llama, ModelConfig};
+use tandem_kernels::Activations;
+use tandem_models::ModelConfig;
 
-use super::{EngineOptions, LoadError};
+use super::{EngineOptions, KvLayout, LoadError};
 
 /// Tokens per KV block; the kernels' layout is made for it.
 const BLOCK_SIZE: usize = tandem_kernels::cpu::BLOCK_SIZE;
@@ -21,7 +21,7 @@ pub struct EnginePlan {
     pub kv_bytes: u64,
     /// Tokens that the KV pool holds.
     pub kv_tokens: usize,
-    pub kv_dtype: KvDType,
+    pub kv_dtype: KvLayout,
     /// Arithmetic class that is asked for.
     pub activations: Activations,
     /// What was lowered and why, one sentence each.
@@ -32,11 +32,11 @@ pub struct EnginePlan {
 /// less free memory than its predecessor found, still has room for what the group has agreed on.
 pub(super) fn capacity(
     config: &ModelConfig,
-    kv_dtype: KvDType,
+    kv_dtype: KvLayout,
     options: &EngineOptions,
     free_bytes: u64,
 ) -> u64 {
-    let block_bytes = Llama::kv_cache_config(config, 1, kv_dtype).bytes_per_block() as u64;
+    let block_bytes = kv_dtype.bytes_per_block(config);
     let room = free_bytes / 10 * 9;
     options.kv_cache_memory_bytes.map_or(room, |given| given.min(free_bytes)) / block_bytes
 }
@@ -65,7 +65,7 @@ impl Room {
 pub(super) fn plan(
     config: &ModelConfig,
     activations: Activations,
-    kv_dtype: KvDType,
+    kv_dtype: KvLayout,
     options: &EngineOptions,
     Room { free_bytes, default_kv_bytes }: Room,
 ) -> Result<EnginePlan, LoadError> {
@@ -95,7 +95,7 @@ pub(super) fn plan(
         );
     }
 
-    let block_bytes = Llama::kv_cache_config(config, 1, kv_dtype).bytes_per_block() as u64;
+    let block_bytes = kv_dtype.bytes_per_block(config);
     let blocks_per_sequence = wanted_len.div_ceil(BLOCK_SIZE);
     let most_useful = (blocks_per_sequence as u64).saturating_mul(options.max_num_seqs as u64);
     let budget = options.kv_cache_memory_bytes.unwrap_or(default_kv_bytes);
@@ -143,11 +143,14 @@ pub(super) fn plan(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use tandem_kernels::KvDType;
     use tandem_models::{RopeConfig, RopeScaling};
 
-    fn config() -> ModelConfig {
+    const KV: KvLayout = KvLayout::Cpu(KvDType::Bf16);
+
+    pub(in crate::load) fn config() -> ModelConfig {
         ModelConfig {
             hidden_size: 64,
             intermediate_size: 128,
@@ -173,7 +176,7 @@ mod tests {
     const BLOCK_BYTES: u64 = 2 * 2 * 2 * 16 * 2 * 16;
 
     fn plan_with(options: &EngineOptions, free_bytes: u64) -> Result<EnginePlan, LoadError> {
-        plan(&config(), Activations::Bf16, KvDType::Bf16, options, Room::of_machine(free_bytes))
+        plan(&config(), Activations::Bf16, KV, options, Room::of_machine(free_bytes))
     }
 
     #[test]
@@ -202,7 +205,7 @@ mod tests {
     #[test]
     fn a_rank_has_room_for_more_than_it_would_plan() {
         let config = config();
-        let room = |options: &EngineOptions, free| capacity(&config, KvDType::Bf16, options, free);
+        let room = |options: &EngineOptions, free| capacity(&config, KV, options, free);
         let options = EngineOptions::default();
         let planned = plan_with(&options, 400 * BLOCK_BYTES).unwrap().num_blocks as u64;
         assert_eq!((planned, room(&options, 400 * BLOCK_BYTES)), (100, 360));

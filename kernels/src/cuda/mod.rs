@@ -41,6 +41,7 @@ mod graph;
 mod kernel_set;
 mod launch;
 pub mod launcher;
+pub mod limits;
 mod memory;
 mod nvml;
 #[cfg(test)]

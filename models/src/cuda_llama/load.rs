@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use half::bf16;
-use tandem_kernels::cuda::{Cuda, CudaError, DeviceBuffer, Gemm, GemmOptions, Runner, Uploader, launcher};
+use tandem_kernels::cuda::{
+    Cuda, CudaError, DeviceBuffer, Gemm, GemmOptions, GemmTypes, Runner, Uploader, launcher,
+};
 use tandem_kernels::{DType, Matrix};
 
 use super::step::StepArrays;
@@ -49,6 +51,7 @@ impl CudaLlama {
         TensorParallel::plan(name, &config, options.shard.size)?;
         check_shape(name, &config)?;
         let share = Share::new(&config, options.shard);
+        let gemm = Gemm::new(runner.cuda(), GemmOptions::default())?;
         let uploader = RefCell::new(Uploader::new(runner.cuda())?);
         let loader = Loader {
             runner: &runner,
@@ -56,6 +59,7 @@ impl CudaLlama {
             name,
             weights,
             fp8: options.fp8_weights,
+            multiplies_fp8: gemm.can(GemmTypes::Fp8RowsToBf16)?,
             uploader,
             rank: options.shard.rank,
         };
@@ -78,7 +82,6 @@ impl CudaLlama {
         let work = Workspace::new(runner.cuda(), &config, options)?;
         let scratch =
             Scratch::new(runner.cuda(), layers.iter().flat_map(Layer::weights), options.max_tokens)?;
-        let gemm = Gemm::new(runner.cuda(), GemmOptions::default())?;
         Ok(Self {
             config,
             options,
@@ -144,8 +147,9 @@ struct Loader<'a> {
     cuda: &'a Cuda,
     name: &'a str,
     weights: &'a dyn WeightSource,
-    /// Whether layers are rounded to e4m3.
+    /// Whether layers are rounded to e4m3, and whether the library multiplies that.
     fp8: bool,
+    multiplies_fp8: bool,
     uploader: RefCell<Uploader>,
     rank: usize,
 }
@@ -267,7 +271,7 @@ impl Loader<'_> {
         let (to, to_scales) = (super::address(&values), super::address(&scales));
         self.runner.launch(&launcher::quantize_fp8(to, to_scales, weight.bf16_address(), n, k))?;
         self.cuda.synchronize()?;
-        Ok(Format::Fp8 { values, scales })
+        Ok(Format::Fp8 { values, scales, is_multiplied: self.multiplies_fp8 })
     }
 
     /// Copies rows of a matrix in natural order, as bf16, to the values of `data` from `at` on.

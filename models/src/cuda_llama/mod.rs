@@ -172,9 +172,9 @@ impl CudaLlama {
         self.weight_bytes
     }
 
-    /// Bytes of one block of KV in all layers.
-    pub fn bytes_per_block(&self) -> usize {
-        2 * self.config.num_layers * block_bytes(&self.config, self.options.kv_type)
+    /// Bytes of one block of KV in all layers of a model, or of a rank's share of it.
+    pub fn bytes_per_block_of(config: &ModelConfig, kv_type: KvType) -> usize {
+        2 * config.num_layers * block_bytes(config, kv_type)
     }
 
     /// Takes the memory of `num_blocks` blocks of KV in place of what was there, unless that was as many. What is in the blocks is

@@ -19,8 +19,8 @@ pub(super) struct Weight {
 pub(super) enum Format {
     /// bf16 `[N, K]`.
     Bf16(DeviceBuffer),
-    /// e4m3 `[N, K]`, scales f32 `[N]`.
-    Fp8 { values: DeviceBuffer, scales: DeviceBuffer },
+    /// e4m3 `[N, K]`, scales f32 `[N]`; whether the library multiplies such, else products of many rows go by way of bf16.
+    Fp8 { values: DeviceBuffer, scales: DeviceBuffer, is_multiplied: bool },
     /// GGUF's blocks of 32 taken apart: values as the file has them, scales f16 `[N, K / 32]`, and where the type has them mins.
     Blocks { kind: BlockKind, values: DeviceBuffer, scales: DeviceBuffer, mins: Option<DeviceBuffer> },
 }
@@ -64,7 +64,7 @@ impl Weight {
     pub(super) fn bytes(&self) -> u64 {
         let buffers: Vec<&DeviceBuffer> = match &self.format {
             Format::Bf16(values) => vec![values],
-            Format::Fp8 { values, scales } => vec![values, scales],
+            Format::Fp8 { values, scales, .. } => vec![values, scales],
             Format::Blocks { values, scales, mins, .. } => [values, scales].into_iter().chain(mins).collect(),
         };
         buffers.into_iter().map(|buffer| buffer.bytes() as u64).sum()
@@ -73,14 +73,16 @@ impl Weight {
     /// Values of bf16 scratch that products of many rows take.
     pub(super) fn scratch_values(&self) -> usize {
         match self.format {
-            Format::Blocks { .. } => self.out_features * self.in_features,
+            Format::Blocks { .. } | Format::Fp8 { is_multiplied: false, .. } => {
+                self.out_features * self.in_features
+            }
             _ => 0,
         }
     }
 
     /// Whether its products of many rows take inputs in e4m3.
     pub(super) fn is_fp8(&self) -> bool {
-        matches!(self.format, Format::Fp8 { .. })
+        matches!(self.format, Format::Fp8 { is_multiplied: true, .. })
     }
 
     /// Queues `y` bf16 `[rows, N]` = the layer of `x` bf16 `[rows, K]`.
@@ -195,11 +197,11 @@ impl Weight {
         let inputs = x.slice::<bf16>(0, rows * k);
         match &self.format {
             Format::Bf16(values) => gemm.run((rows, n, k), inputs, values.as_slice(), out),
-            Format::Blocks { .. } => {
+            Format::Blocks { .. } | Format::Fp8 { is_multiplied: false, .. } => {
                 runner.launch(&launcher::dequantize(address(&scratch.weights), self.weights(), n, k))?;
                 gemm.run((rows, n, k), inputs, scratch.weights.slice(0, n * k), out)
             }
-            Format::Fp8 { values, scales } => {
+            Format::Fp8 { values, scales, .. } => {
                 let (to, to_scales) = (address(&scratch.fp8), address(&scratch.fp8_scales));
                 runner.launch(&launcher::quantize_fp8(to, to_scales, address(x), rows, k))?;
                 let scales =
@@ -221,7 +223,7 @@ impl Weight {
     fn weights(&self) -> Weights {
         match &self.format {
             Format::Bf16(values) => Weights::Bf16 { values: address(values) },
-            Format::Fp8 { values, scales } => {
+            Format::Fp8 { values, scales, .. } => {
                 Weights::Fp8 { values: address(values), scales: address(scales) }
             }
             Format::Blocks { kind, values, scales, mins } => {

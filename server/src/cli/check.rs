@@ -97,7 +97,7 @@ fn model(config: &ServeConfig, inspected: &Inspected, findings: &mut Findings) {
             grouped(info.max_position_embeddings as u64),
         ),
     );
-    let options = startup::engine_options(&config.common, config.max_num_queued_reqs);
+    let options = startup::engine_options(&config.common, config.max_num_queued_reqs, inspected);
     let plan = startup::plan(&config.common, config.group.as_ref(), inspected, &options);
     let Some(plan) = findings.take(plan) else { return };
     findings.line(

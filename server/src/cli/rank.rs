@@ -40,7 +40,7 @@ pub(super) fn rank(config: RankConfig) -> Result<(), Exit> {
         .spawn(move || follow_parent(&orders))
         .map_err(Exit::failed)?;
     let inspected = startup::inspect(&serve.common, Some(&group), local_rank)?;
-    let options = startup::engine_options(&serve.common, serve.max_num_queued_reqs);
+    let options = startup::engine_options(&serve.common, serve.max_num_queued_reqs, &inspected);
     let port = if group.rank_port == 0 { 0 } else { group.rank_port.saturating_add(local_rank as u16) };
     let ip = if group.is_local() { Ipv4Addr::LOCALHOST.into() } else { serve.host };
     let address = SocketAddr::new(ip, port);

@@ -22,9 +22,8 @@ const MAX_LINE_BYTES: usize = 1 << 20;
 /// Runs the command.
 pub(super) fn run(mut config: RunConfig) -> Result<(), Exit> {
     // One person asks one thing at a time: the KV cache need not hold more.
-    config.common.max_num_seqs = config.common.max_num_seqs.min(4);
-    let options = startup::engine_options(&config.common, 16);
-    let prepared = startup::prepare(&config.common, None, options)?;
+    config.common.max_num_seqs = Some(config.common.max_num_seqs.map_or(4, |given| given.min(4)));
+    let prepared = startup::prepare(&config.common, None, 16)?;
     let Some(tokenizer) = prepared.tokenizer.clone() else {
         return Err(Exit::refused("this model comes without a tokenizer, so there is no text to run on"));
     };

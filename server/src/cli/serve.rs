@@ -51,8 +51,8 @@ async fn run(
     signals: &mut Signals,
 ) -> Result<(), Exit> {
     let (common, group) = (config.common.clone(), config.group.clone());
-    let options = startup::engine_options(&common, config.max_num_queued_reqs);
-    let prepare = spawn("check", move || startup::prepare(&common, group.as_ref(), options))?;
+    let queued = config.max_num_queued_reqs;
+    let prepare = spawn("check", move || startup::prepare(&common, group.as_ref(), queued))?;
     let Some(prepared) = unless_signalled(prepare, signals).await? else { return Ok(()) };
     let config = Arc::new(named(config, &prepared));
 

@@ -49,9 +49,10 @@ pub(super) struct Running {
 pub(super) fn prepare(
     config: &CommonConfig,
     group: Option<&GroupConfig>,
-    options: EngineOptions,
+    max_queued_requests: usize,
 ) -> Result<Prepared, Exit> {
     let inspected = inspect(config, group, 0)?;
+    let options = engine_options(config, max_queued_requests, &inspected);
     let tokenizer = Tokenizer::from_model(inspected.tokenizer()).map_err(Exit::refused)?.map(Arc::new);
     if let Some(note) = tokenizer.as_ref().and_then(|tokenizer| vocabulary_note(&inspected, tokenizer)) {
         tracing::warn!("{note}");
@@ -196,11 +197,14 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
             LoadFormat::Dummy => tandem_engine::LoadFormat::Dummy,
         },
         dummy_weights: dummy_weights(config),
-        quantization: config.quantization.map(|quantization| match quantization {
-            Quantization::Q8_0 => DType::Q8_0,
-            Quantization::Q4_0 => DType::Q4_0,
-            Quantization::Q4_1 => DType::Q4_1,
+        quantization: config.quantization.and_then(|quantization| match quantization {
+            Quantization::Q8_0 => Some(DType::Q8_0),
+            Quantization::Q4_0 => Some(DType::Q4_0),
+            Quantization::Q4_1 => Some(DType::Q4_1),
+            Quantization::Fp8 => None,
         }),
+        fp8_weights: config.quantization == Some(Quantization::Fp8),
+        fp8_kv_cache: config.kv_cache_dtype == KvCacheDtype::Fp8,
         dtype: match config.dtype {
             Dtype::F32 => ModelDType::F32,
             Dtype::Bf16 => ModelDType::Bf16,
@@ -218,7 +222,7 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
             KvCacheDtype::Bf16 => Some(tandem_engine::KvDType::Bf16),
             KvCacheDtype::F16 => Some(tandem_engine::KvDType::F16),
             KvCacheDtype::Int8 => Some(tandem_engine::KvDType::Int8),
-            KvCacheDtype::Auto => None,
+            KvCacheDtype::Auto | KvCacheDtype::Fp8 => None,
         },
         device: match config.device {
             Device::Auto => DeviceChoice::Auto,
@@ -241,12 +245,24 @@ pub(super) fn model_options(config: &CommonConfig) -> ModelOptions {
     }
 }
 
+/// Sequences at once and tokens of a step where no flag says so, on a CPU and on a GPU: a step of a CPU that is to end in a tenth of a
+/// second has few tokens, and a GPU that is to be busy many.
+const BATCH: (usize, usize) = (64, 512);
+const GPU_BATCH: (usize, usize) = (256, 8192);
+
 /// The engine's view of the size flags.
-pub(super) fn engine_options(config: &CommonConfig, max_queued_requests: usize) -> EngineOptions {
+pub(super) fn engine_options(
+    config: &CommonConfig,
+    max_queued_requests: usize,
+    inspected: &Inspected,
+) -> EngineOptions {
+    let (seqs, tokens) = if inspected.device().is_some() { GPU_BATCH } else { BATCH };
+    // One that is given moves the other's default, not the other way round.
+    let seqs = config.max_num_seqs.unwrap_or(seqs.min(config.max_num_batched_tokens.unwrap_or(seqs)));
     EngineOptions {
         max_model_len: config.max_model_len,
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_num_seqs: seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens.unwrap_or(tokens.max(seqs)),
         block_size: config.block_size,
         kv_cache_memory_bytes: config.kv_cache_memory_bytes,
         gpu_memory_utilization: config.gpu_memory_utilization,

@@ -57,7 +57,7 @@ pub struct CommonConfig {
     /// Whether prompts that begin alike share KV.
     pub prefix_caching: bool,
     /// Sequences in one step.
-    pub max_num_seqs: usize,
+    pub max_num_seqs: Option<usize>,
     /// What computes.
     pub device: Device,
     /// No graphs on a GPU.
@@ -65,7 +65,7 @@ pub struct CommonConfig {
     /// Share of a GPU's memory that may be used, 0 to 1.
     pub gpu_memory_utilization: f64,
     /// Query tokens in one step.
-    pub max_num_batched_tokens: usize,
+    pub max_num_batched_tokens: Option<usize>,
     /// Form of the log.
     pub log_format: LogFormat,
     /// Filter of the log, if one was given.
@@ -272,11 +272,11 @@ pub(super) fn common(
     if options.dummy_weights.is_some() && options.load_format != LoadFormat::Dummy {
         return Err(refuse("dummy-weights", "needs --load-format dummy"));
     }
-    if scheduling.max_num_batched_tokens < scheduling.max_num_seqs {
-        let message = format!(
-            "{} is less than max-num-seqs {}; every running sequence needs its token",
-            scheduling.max_num_batched_tokens, scheduling.max_num_seqs
-        );
+    if let (Some(tokens), Some(seqs)) = (scheduling.max_num_batched_tokens, scheduling.max_num_seqs)
+        && tokens < seqs
+    {
+        let message =
+            format!("{tokens} is less than max-num-seqs {seqs}; every running sequence needs its token");
         return Err(refuse("max-num-batched-tokens", &message));
     }
     if let Some(filter) = &log.log_level {
@@ -310,8 +310,8 @@ pub(super) fn common(
         kv_cache_memory_bytes: memory.kv_cache_memory_bytes,
         block_size: memory.block_size as usize,
         prefix_caching: prefix_caching(&memory, origins)?,
-        max_num_seqs: scheduling.max_num_seqs as usize,
-        max_num_batched_tokens: scheduling.max_num_batched_tokens as usize,
+        max_num_seqs: scheduling.max_num_seqs.map(|n| n as usize),
+        max_num_batched_tokens: scheduling.max_num_batched_tokens.map(|n| n as usize),
         log_format: log.log_format,
         log_level: log.log_level,
         origins: origins.clone(),

@@ -180,12 +180,12 @@ pub(super) struct MemoryFlags {
 
 #[derive(Debug, Args)]
 pub(super) struct SchedulingFlags {
-    /// Sequences that run at once
-    #[arg(long, value_name = "N", default_value = "64", value_parser = count(), help_heading = SCHEDULING)]
-    pub(super) max_num_seqs: u64,
-    /// Tokens of one step, prompts and answers together
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = count(), help_heading = SCHEDULING)]
-    pub(super) max_num_batched_tokens: u64,
+    /// Sequences that run at once [default: 64, on a GPU 256]
+    #[arg(long, value_name = "N", value_parser = count(), help_heading = SCHEDULING)]
+    pub(super) max_num_seqs: Option<u64>,
+    /// Tokens of one step, prompts and answers together [default: 512, on a GPU 8192]
+    #[arg(long, value_name = "TOKENS", value_parser = count(), help_heading = SCHEDULING)]
+    pub(super) max_num_batched_tokens: Option<u64>,
 }
 
 #[derive(Debug, Args)]

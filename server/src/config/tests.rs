@@ -38,7 +38,7 @@ fn defaults_are_the_documented_ones() {
         (config.host.to_string().as_str(), config.port, config.metrics_port),
         ("0.0.0.0", 8000, Some(9090))
     );
-    assert_eq!((config.common.max_num_seqs, config.common.max_num_batched_tokens), (64, 512));
+    assert_eq!((config.common.max_num_seqs, config.common.max_num_batched_tokens), (None, None));
     assert_eq!((config.max_num_queued_reqs, config.shutdown_timeout.as_secs()), (1024, 120));
     assert!(config.common.prefix_caching && config.api_keys.is_empty() && config.common.seed.is_none());
 }
@@ -51,11 +51,11 @@ fn flag_wins_over_environment_over_file_over_default() {
         serve(&["--config", path, "--port", "3"], &[("TANDEM_PORT", "4"), ("TANDEM_MAX_NUM_SEQS", "5")]);
     assert_eq!(
         (config.port, config.common.max_num_seqs, config.host.to_string().as_str()),
-        (3, 5, "127.0.0.1")
+        (3, Some(5), "127.0.0.1")
     );
     assert_eq!(config.served_model_names, ["a", "b"]);
     let config = serve(&[], &[("TANDEM_CONFIG", path), ("TANDEM_SERVED_MODEL_NAME", "x,y")]);
-    assert_eq!((config.port, config.common.max_num_seqs), (1, 2));
+    assert_eq!((config.port, config.common.max_num_seqs), (1, Some(2)));
     assert_eq!(config.served_model_names, ["x", "y"]);
 }
 

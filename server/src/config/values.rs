@@ -60,6 +60,9 @@ pub enum KvCacheDtype {
     F16,
     /// 8 bits with a scale for each token and KV head.
     Int8,
+    /// 8-bit floating point, e4m3, on GPUs.
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 /// `--isa`
@@ -122,6 +125,8 @@ pub enum Quantization {
     /// 4 bits, one scale and minimum for each 32.
     #[value(name = "q4_1")]
     Q4_1,
+    /// 8-bit floating point, e4m3, one scale for each row of a matrix, on GPUs.
+    Fp8,
 }
 
 /// `--log-format`

@@ -145,6 +145,19 @@ impl Gemm {
         Ok(Self { plans: HashMap::new(), handle, workspace, options, cuda: cuda.clone() })
     }
 
+    /// Whether the device and the library multiply these types.
+    ///
+    /// # Errors
+    /// `Unavailable` without cuBLASLt.
+    pub fn can(&self, types: GemmTypes) -> Result<bool, CudaError> {
+        let (major, minor) = self.cuda.info().capability;
+        Ok(match types {
+            GemmTypes::Bf16ToBf16 | GemmTypes::Bf16ToF32 => true,
+            GemmTypes::Fp8ToBf16 => (major, minor) >= (8, 9),
+            GemmTypes::Fp8RowsToBf16 => (major, minor) == (9, 0) && driver::cublaslt()? >= 120_900,
+        })
+    }
+
     /// Chooses an algorithm for each shape's bucket that has none, by time. Allocates operands to time with and frees them: the
     /// weights several times, so that they come from memory as in a step and not from the cache.
     ///
@@ -252,12 +265,7 @@ impl Gemm {
     }
 
     fn plan(&self, bucket: GemmShape) -> Result<Plan, CudaError> {
-        let (major, minor) = self.cuda.info().capability;
-        let able = match bucket.types {
-            GemmTypes::Bf16ToBf16 | GemmTypes::Bf16ToF32 => true,
-            GemmTypes::Fp8ToBf16 => (major, minor) >= (8, 9),
-            GemmTypes::Fp8RowsToBf16 => (major, minor) == (9, 0) && driver::cublaslt()? >= 120_900,
-        };
+        let able = self.can(bucket.types)?;
         if !able {
             return Err(CudaError::NoGemm { shape: bucket.to_string() });
         }

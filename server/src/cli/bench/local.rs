@@ -36,9 +36,10 @@ pub(super) fn measure_engine(mut common: CommonConfig, load: &BenchLoad) -> Resu
     let length = load.prompt_tokens + load.output_tokens;
     let most = load.concurrency.iter().copied().max().unwrap_or(1);
     common.max_model_len.get_or_insert(length);
-    common.max_num_seqs = common.max_num_seqs.max(most);
-    common.max_num_batched_tokens = common.max_num_batched_tokens.max(common.max_num_seqs);
-    let prepared = startup::prepare(&common, None, startup::engine_options(&common, most.max(16)))?;
+    let seqs = *common.max_num_seqs.insert(common.max_num_seqs.unwrap_or(64).max(most));
+    common.max_num_batched_tokens = common.max_num_batched_tokens.map(|given| given.max(seqs));
+    let prepared = startup::prepare(&common, None, most.max(16))?;
+    let step_tokens = prepared.options.max_num_batched_tokens;
     let (fits, needed) = (prepared.plan.kv_tokens, most * length.next_multiple_of(common.block_size));
     if prepared.plan.max_model_len < length {
         return Err(Exit::refused(format!(
@@ -63,7 +64,6 @@ pub(super) fn measure_engine(mut common: CommonConfig, load: &BenchLoad) -> Resu
     let results = results?;
     // Again, in case the machine was busy with something else before; what it did once it can do.
     let limits = better(&before, &measure_limits()?);
-    let step_tokens = common.max_num_batched_tokens;
     Ok(report(load, &Machine { backend: &running.backend, limits: &limits, step_tokens }, &running, results))
 }
 

@@ -37,8 +37,7 @@ pub(super) fn perplexity(mut common: CommonConfig, wanted: &PerplexityConfig) ->
             format!("{context} tokens are more than the model's context, {longest}"),
         ));
     }
-    let options = startup::engine_options(sized(&mut common, context), WINDOWS_AT_ONCE);
-    let prepared = startup::prepare(&common, None, options)?;
+    let prepared = startup::prepare(sized(&mut common, context), None, WINDOWS_AT_ONCE)?;
     let refuse = |message: String| Exit::refused(ConfigError::new(common.origins.of("perplexity"), message));
     let Some(tokenizer) = &prepared.tokenizer else {
         return Err(refuse("the model has no tokenizer".to_owned()));
@@ -56,7 +55,8 @@ pub(super) fn perplexity(mut common: CommonConfig, wanted: &PerplexityConfig) ->
 /// Sizes that nobody asked for are those of the windows.
 fn sized(config: &mut CommonConfig, context: usize) -> &CommonConfig {
     config.max_model_len = Some(context);
-    config.max_num_seqs = config.max_num_seqs.min(WINDOWS_AT_ONCE);
+    let windows = config.max_num_seqs.map_or(WINDOWS_AT_ONCE, |given| given.min(WINDOWS_AT_ONCE));
+    config.max_num_seqs = Some(windows);
     config
 }
 
