@@ -257,12 +257,11 @@ pub(super) fn engine_options(
     inspected: &Inspected,
 ) -> EngineOptions {
     let (seqs, tokens) = if inspected.device().is_some() { GPU_BATCH } else { BATCH };
-    // One that is given moves the other's default, not the other way round.
-    let seqs = config.max_num_seqs.unwrap_or(seqs.min(config.max_num_batched_tokens.unwrap_or(seqs)));
+    let (seqs, tokens) = batch(config.max_num_seqs, config.max_num_batched_tokens, (seqs, tokens));
     EngineOptions {
         max_model_len: config.max_model_len,
         max_num_seqs: seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens.unwrap_or(tokens.max(seqs)),
+        max_num_batched_tokens: tokens,
         block_size: config.block_size,
         kv_cache_memory_bytes: config.kv_cache_memory_bytes,
         gpu_memory_utilization: config.gpu_memory_utilization,
@@ -272,6 +271,16 @@ pub(super) fn engine_options(
         max_queued_bytes: MAX_QUEUED_BYTES,
         poison_freed_blocks: false,
     }
+}
+
+/// Sequences and tokens of a step: what is given moves the other's default, should they not fit together.
+fn batch(
+    seqs: Option<usize>,
+    tokens: Option<usize>,
+    (default_seqs, default_tokens): (usize, usize),
+) -> (usize, usize) {
+    let num_seqs = seqs.unwrap_or(default_seqs.min(tokens.unwrap_or(default_seqs)));
+    (num_seqs, tokens.unwrap_or(default_tokens.max(num_seqs)))
 }
 
 fn dummy_weights(config: &CommonConfig) -> Option<DType> {
@@ -299,5 +308,20 @@ pub(super) fn refusal(config: &CommonConfig, error: LoadError) -> Exit {
             Exit::refused(ConfigError::new(config.origins.of(option), reason))
         }
         other => Exit::refused(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_that_is_given_moves_the_default_of_the_other() {
+        for default in [BATCH, GPU_BATCH] {
+            assert_eq!(batch(None, None, default), default);
+            assert_eq!(batch(Some(9000), None, default), (9000, 9000.max(default.1)));
+            assert_eq!(batch(None, Some(8), default), (8, 8));
+            assert_eq!(batch(Some(2), Some(16), default), (2, 16));
+        }
     }
 }

@@ -122,7 +122,8 @@ fn names_of_vllm_are_understood() {
     assert_eq!(config.common.kv_cache_memory_bytes, Some(4 << 30));
     assert!(refusal(&["--dtype", "half"], &[]).contains("float16"));
     assert_eq!(serve(&["--kv-cache-dtype", "int8"], &[]).common.kv_cache_dtype, KvCacheDtype::Int8);
-    assert!(refusal(&["--max-num-batched-tokens", "8"], &[]).contains("max-num-seqs 64"));
+    let both = ["--max-num-batched-tokens", "8", "--max-num-seqs", "9"];
+    assert!(refusal(&both, &[]).contains("max-num-seqs 9"));
 }
 
 #[test]
