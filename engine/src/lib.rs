@@ -24,6 +24,7 @@ mod engine;
 mod environment;
 mod error;
 pub mod executor;
+mod gpu_usage;
 mod group;
 mod handle;
 mod histogram;
@@ -49,6 +50,7 @@ pub use engine::{Engine, StepStatus};
 pub use environment::{Clock, Environment, FixedSeeds, SeedSource, SystemClock, SystemSeeds};
 pub use error::{ExecutorError, ExecutorErrorKind, InvalidParam, RequestFailure, RowError, SubmitError};
 pub use executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
+pub use gpu_usage::{GpuMeter, GpuUsage};
 pub use group::{
     GroupReport, GroupState, GroupStatus, RankEnd, RankOptions, RankOrder, RankReport, run_rank,
 };

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Checks the manifests of one model over several pods.
+"""Checks the manifests: of one model over several pods (a StatefulSet), and of one server with a GPU (a Deployment).
 
-  check.py FOLDER                   against the schemas of Kubernetes and the rules of a tensor-parallel group
+  check.py FOLDER                   against the schemas of Kubernetes and the rules of such a server or group
   check.py FOLDER --mutations       every rule must catch a manifest that breaks it
-  check.py FOLDER --pod ORDINAL     prints what the StatefulSet gives to that pod, as JSON: arguments and environment
+  check.py FOLDER --pod ORDINAL     prints what is given to that pod, as JSON: arguments and environment
 
 Needs kubernetes-validate (requirements.txt) and the PyYAML that it brings.
 """
@@ -45,8 +45,18 @@ def schema_problems(documents):
     return problems
 
 
+def workload(documents):
+    """What makes the pods."""
+    (found,) = (document for (kind, _), document in documents.items() if kind in ("StatefulSet", "Deployment"))
+    return found
+
+
+def is_group(documents):
+    return workload(documents)["kind"] == "StatefulSet"
+
+
 def container(documents):
-    return documents["StatefulSet", "tandem"]["spec"]["template"]["spec"]["containers"][0]
+    return workload(documents)["spec"]["template"]["spec"]["containers"][0]
 
 
 def environment(documents, pod_name="tandem-0", namespace="default"):
@@ -72,6 +82,63 @@ def rule_problems(documents):
         if not holds:
             problems.append(problem)
 
+    pod_rules(documents, rule)
+    (group_rules if is_group(documents) else gpu_rules)(documents, rule)
+    return problems
+
+
+def pod_rules(documents, rule):
+    """What every pod of ours keeps to."""
+    spec = workload(documents)["spec"]
+    pod, main = spec["template"]["spec"], container(documents)
+    rule(pod.get("terminationGracePeriodSeconds") == 150, "the grace period is 150 s")
+    rule(pod.get("enableServiceLinks") is False, "service links look like flags")
+    rule(pod.get("automountServiceAccountToken") is False, "the worker needs no token")
+
+    security = pod.get("securityContext", {})
+    rule(security.get("runAsNonRoot") is True and security.get("runAsUser") == 65532, "the pod must not run as root")
+    rule(security.get("seccompProfile") == {"type": "RuntimeDefault"}, "seccomp must be the runtime's default")
+    security = main.get("securityContext", {})
+    rule(security.get("readOnlyRootFilesystem") is True, "the root file system must be read-only")
+    rule(security.get("allowPrivilegeEscalation") is False, "privileges must not grow")
+    rule(security.get("capabilities") == {"drop": ["ALL"]}, "no capabilities")
+
+    for probe, path in [("startupProbe", "/startupz"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")]:
+        rule(main.get(probe, {}).get("httpGet") == {"path": path, "port": "http"}, f"{probe} must ask {path}")
+    startup = main["startupProbe"]
+    rule(startup["periodSeconds"] * startup["failureThreshold"] >= 600, "loading may take ten minutes")
+    rule(main["readinessProbe"]["periodSeconds"] <= 2, "readiness must follow the server quickly")
+    resources = main["resources"]
+    rule(resources["limits"] == resources["requests"] and resources["limits"]["cpu"].isdigit(), "whole CPUs, guaranteed")
+
+
+def gpu_rules(documents, rule):
+    """One server with one GPU."""
+    deployment, main, variables = workload(documents), container(documents), environment(documents)
+    spec, name = deployment["spec"], deployment["metadata"]["name"]
+    rolling = spec.get("strategy", {}).get("rollingUpdate", {})
+    rule(rolling.get("maxSurge") == 0 and rolling.get("maxUnavailable"), "an update must not need another GPU")
+    rule(main["resources"]["limits"].get("nvidia.com/gpu") == "1", "one GPU")
+    tolerations = [entry.get("key") for entry in spec["template"]["spec"].get("tolerations", [])]
+    rule("nvidia.com/gpu" in tolerations, "nodes with GPUs must be open to it")
+    rule(variables.get("TANDEM_DEVICE") == "cuda", "without a GPU it must not compute on the CPU")
+    rule("TANDEM_CACHE_DIR" not in variables, "the image's compiled kernels must be found")
+    rule(main["image"].endswith(":cuda"), "the image must be that of Dockerfile.cuda")
+    ports = {port["name"]: port["containerPort"] for port in main["ports"]}
+    rule(ports == {"http": 8000, "metrics": 9090}, "ports are 8000 and 9090")
+    policy, service = documents["NetworkPolicy", name]["spec"], documents["Service", name]["spec"]
+    open_ports = {port["port"] for entry in policy["ingress"] for port in entry["ports"]}
+    rule(open_ports == set(ports.values()), "the NetworkPolicy must let these ports through, and no others")
+    rule(policy["policyTypes"] == ["Ingress", "Egress"] and policy["egress"] == [], "it calls nobody")
+    labels = spec["template"]["metadata"]["labels"]
+    budget = documents["PodDisruptionBudget", name]["spec"]
+    selectors = [spec["selector"]["matchLabels"], service["selector"], policy["podSelector"]["matchLabels"],
+                 budget["selector"]["matchLabels"]]
+    rule(all(selector and selector.items() <= labels.items() for selector in selectors), "selectors must match the pods")
+
+
+def group_rules(documents, rule):
+    """The pods of one model."""
     stateful_set = documents["StatefulSet", "tandem"]
     spec, pod = stateful_set["spec"], stateful_set["spec"]["template"]["spec"]
     main = container(documents)
@@ -82,9 +149,6 @@ def rule_problems(documents):
     rule(spec.get("podManagementPolicy") == "Parallel", "pods must start in parallel")
     rule(spec.get("updateStrategy") == {"type": "OnDelete"}, "a group is updated as a whole: OnDelete")
     rule(spec["serviceName"] == headless["metadata"]["name"], "serviceName must be the headless Service")
-    rule(pod.get("terminationGracePeriodSeconds") == 150, "the grace period is 150 s")
-    rule(pod.get("enableServiceLinks") is False, "service links look like flags")
-    rule(pod.get("automountServiceAccountToken") is False, "the worker needs no token")
     rule(any(v.get("emptyDir", {}).get("medium") == "Memory" for v in pod["volumes"]), "/dev/shm must be memory")
 
     rule(headless["spec"].get("clusterIP") == "None", "the group's Service must be headless")
@@ -103,20 +167,6 @@ def rule_problems(documents):
     ]
     rule(all(selector and selector.items() <= labels.items() for selector in selectors), "selectors must match the pods")
 
-    security = pod.get("securityContext", {})
-    rule(security.get("runAsNonRoot") is True and security.get("runAsUser") == 65532, "the pod must not run as root")
-    rule(security.get("seccompProfile") == {"type": "RuntimeDefault"}, "seccomp must be the runtime's default")
-    security = main.get("securityContext", {})
-    rule(security.get("readOnlyRootFilesystem") is True, "the root file system must be read-only")
-    rule(security.get("allowPrivilegeEscalation") is False, "privileges must not grow")
-    rule(security.get("capabilities") == {"drop": ["ALL"]}, "no capabilities")
-
-    for probe, path in [("startupProbe", "/startupz"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")]:
-        rule(main.get(probe, {}).get("httpGet") == {"path": path, "port": "http"}, f"{probe} must ask {path}")
-    startup = main["startupProbe"]
-    rule(startup["periodSeconds"] * startup["failureThreshold"] >= 600, "loading may take ten minutes")
-    rule(main["readinessProbe"]["periodSeconds"] <= 2, "readiness must follow the group quickly")
-
     replicas, gpus = int(variables["TANDEM_REPLICAS"]), int(variables["TANDEM_GPUS_PER_POD"])
     rule(replicas == spec["replicas"], "TANDEM_REPLICAS must be the number of replicas")
     rule(replicas * gpus == int(variables["TANDEM_TENSOR_PARALLEL_SIZE"]), "the sizes must multiply up")
@@ -125,9 +175,6 @@ def rule_problems(documents):
     rule(os.path.dirname(variables["TANDEM_GROUP_KEY_FILE"]) in mounts, "the group key must be mounted")
     writable = [path for path, mount in mounts.items() if not mount.get("readOnly")]
     rule(variables["TANDEM_CACHE_DIR"] in writable, "the cache must be writable")
-    resources = main["resources"]
-    rule(resources["limits"] == resources["requests"] and resources["limits"]["cpu"].isdigit(), "whole CPUs, guaranteed")
-
     ports = {port["name"]: port["containerPort"] for port in main["ports"]}
     rule(ports == {"http": 8000, "metrics": 9090, "group": 7400, "rank": 7401}, "ports are 8000, 9090, 7400 and 7401")
     open_ports, group_ports = set(), set()
@@ -143,30 +190,32 @@ def rule_problems(documents):
     rule(group_ports >= set(range(7400, 7401 + gpus)), "the NetworkPolicy must let every rank through")
     egress = {p["port"] for entry in policy["egress"] for p in entry["ports"]}
     rule({7400, 8000, 53} <= egress, "pods must reach each other, the leader's API and DNS")
-    return problems
 
 
-MUTATIONS = [
+# Of what makes the pods, whatever it is.
+POD_MUTATIONS = [
+    ("spec template spec terminationGracePeriodSeconds", 30),
+    ("spec template spec enableServiceLinks", True),
+    ("spec template spec automountServiceAccountToken", True),
+    ("spec template spec securityContext runAsNonRoot", False),
+    ("spec template spec securityContext seccompProfile", {"type": "Unconfined"}),
+    ("spec template spec containers 0 securityContext readOnlyRootFilesystem", False),
+    ("spec template spec containers 0 securityContext allowPrivilegeEscalation", True),
+    ("spec template spec containers 0 securityContext capabilities", {"add": ["SYS_ADMIN"]}),
+    ("spec template spec containers 0 startupProbe httpGet path", "/readyz"),
+    ("spec template spec containers 0 startupProbe failureThreshold", 3),
+    ("spec template spec containers 0 livenessProbe httpGet path", "/readyz"),
+    ("spec template spec containers 0 readinessProbe periodSeconds", 30),
+    ("spec template spec containers 0 resources limits cpu", "500m"),
+    ("spec template metadata labels", {"app.kubernetes.io/name": "other"}),
+]
+GROUP_MUTATIONS = [
     ("StatefulSet tandem spec podManagementPolicy", "OrderedReady"),
     ("StatefulSet tandem spec updateStrategy", {"type": "RollingUpdate"}),
     ("StatefulSet tandem spec serviceName", "tandem"),
     ("StatefulSet tandem spec replicas", 3),
-    ("StatefulSet tandem spec template spec terminationGracePeriodSeconds", 30),
-    ("StatefulSet tandem spec template spec enableServiceLinks", True),
-    ("StatefulSet tandem spec template spec automountServiceAccountToken", True),
-    ("StatefulSet tandem spec template spec securityContext runAsNonRoot", False),
-    ("StatefulSet tandem spec template spec securityContext seccompProfile", {"type": "Unconfined"}),
-    ("StatefulSet tandem spec template spec containers 0 securityContext readOnlyRootFilesystem", False),
-    ("StatefulSet tandem spec template spec containers 0 securityContext allowPrivilegeEscalation", True),
-    ("StatefulSet tandem spec template spec containers 0 securityContext capabilities", {"add": ["SYS_ADMIN"]}),
-    ("StatefulSet tandem spec template spec containers 0 startupProbe httpGet path", "/readyz"),
-    ("StatefulSet tandem spec template spec containers 0 startupProbe failureThreshold", 3),
-    ("StatefulSet tandem spec template spec containers 0 livenessProbe httpGet path", "/readyz"),
-    ("StatefulSet tandem spec template spec containers 0 readinessProbe periodSeconds", 30),
-    ("StatefulSet tandem spec template spec containers 0 resources limits cpu", "500m"),
     ("StatefulSet tandem spec template spec containers 0 ports 2 containerPort", 7500),
     ("StatefulSet tandem spec template spec volumes 4 emptyDir", {}),
-    ("StatefulSet tandem spec template metadata labels", {"app.kubernetes.io/name": "other"}),
     ("Service tandem-group spec clusterIP", "10.0.0.1"),
     ("Service tandem-group spec publishNotReadyAddresses", False),
     ("Service tandem spec selector statefulset.kubernetes.io/pod-name", "tandem-1"),
@@ -174,6 +223,19 @@ MUTATIONS = [
     ("NetworkPolicy tandem spec ingress 2 ports 0 endPort", 7400),
     ("NetworkPolicy tandem spec egress", []),
     ("PodDisruptionBudget tandem spec selector matchLabels", {"a": "b"}),
+]
+GPU_MUTATIONS = [
+    ("Deployment tandem-gpu spec strategy rollingUpdate maxSurge", 1),
+    ("Deployment tandem-gpu spec template spec tolerations", []),
+    ("Deployment tandem-gpu spec template spec containers 0 image", "tandem:latest"),
+    ("Deployment tandem-gpu spec template spec containers 0 resources limits nvidia.com/gpu", "2"),
+    ("Deployment tandem-gpu spec template spec containers 0 env 0 value", "auto"),
+    ("Deployment tandem-gpu spec template spec containers 0 env 1 name", "TANDEM_CACHE_DIR"),
+    ("Deployment tandem-gpu spec template spec containers 0 ports 0 containerPort", 80),
+    ("Service tandem-gpu spec selector", {"a": "b"}),
+    ("NetworkPolicy tandem-gpu spec ingress 0 ports 0 port", 7400),
+    ("NetworkPolicy tandem-gpu spec egress", [{}]),
+    ("PodDisruptionBudget tandem-gpu spec selector matchLabels", {"a": "b"}),
 ]
 
 
@@ -189,20 +251,23 @@ def set_at(documents, path, value):
 
 def uncaught(documents):
     """Mutations that no rule catches, and variables whose change none does."""
-    missed = []
-    for path, value in MUTATIONS:
+    missed, group = [], is_group(documents)
+    owner = "StatefulSet tandem" if group else "Deployment tandem-gpu"
+    mutations = [(f"{owner} {path}", value) for path, value in POD_MUTATIONS] + (GROUP_MUTATIONS if group else GPU_MUTATIONS)
+    for path, value in mutations:
         mutant = copy.deepcopy(documents)
         set_at(mutant, path, value)
         if not rule_problems(mutant):
             missed.append(f"{path} = {value}")
-    for name in ["TANDEM_REPLICAS", "TANDEM_GPUS_PER_POD", "TANDEM_TENSOR_PARALLEL_SIZE", "TANDEM_SERVICE_NAME"]:
+    sizes = ["TANDEM_REPLICAS", "TANDEM_GPUS_PER_POD", "TANDEM_TENSOR_PARALLEL_SIZE", "TANDEM_SERVICE_NAME"]
+    for name in sizes if group else []:
         mutant = copy.deepcopy(documents)
         entry = next(entry for entry in container(mutant)["env"] if entry["name"] == name)
         entry["value"] = "7"
         if not rule_problems(mutant):
             missed.append(f"{name} = 7")
     broken = copy.deepcopy(documents)
-    broken["StatefulSet", "tandem"]["spec"]["replica"] = 2
+    workload(broken)["spec"]["replica"] = 2
     if not schema_problems(broken):
         missed.append("a misspelt field")
     return missed

@@ -25,7 +25,8 @@ pub fn environment(num_gpus: usize, memory: u64) -> Vec<(String, String)> {
 }
 
 fn variables(num_gpus: usize, memory: u64) -> Vec<(String, String)> {
-    let folders = [Stub::Driver, Stub::Nvrtc, Stub::CublasLt, Stub::NcclProcesses].map(Stub::folder);
+    let folders =
+        [Stub::Driver, Stub::Nvrtc, Stub::CublasLt, Stub::NcclProcesses, Stub::Nvml].map(Stub::folder);
     let libraries = std::env::join_paths(folders).expect("folders without colons");
     let header = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels/cu/emulate.h");
     [

@@ -1,13 +1,14 @@
 //! The GPU's backend in the real server, on a stand-in that runs its kernels on the CPU: what it computes, that its ways of computing
 //! agree, and what happens where there is no GPU.
 
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tandem_tests::golden_path;
 use tandem_tests::pods::{children, kill, replace_flags, stream};
-use tandem_tests::server::Server;
+use tandem_tests::server::{Server, binary};
 use tandem_tests::stand_in;
 
 /// Of a stand-in's GPU.
@@ -173,6 +174,25 @@ fn tokens_are_drawn_as_on_the_host() {
     }
 }
 
+/// Those of NVML's second GPU: it counts in another order than CUDA.
+#[test]
+fn metrics_tell_of_the_gpu() {
+    let _turn = turn();
+    let server = start("dummy-d64", "cuda", &[]);
+    for page in [server.get("/metrics"), server.get_metrics()] {
+        for line in [
+            "llm_gpu_utilization_ratio{model_name=\"dummy-d64\",gpu=\"0\"} 0.5",
+            "llm_gpu_memory_used_bytes{model_name=\"dummy-d64\",gpu=\"0\"} 800",
+            "llm_gpu_memory_total_bytes{model_name=\"dummy-d64\",gpu=\"0\"} 2000",
+        ] {
+            assert!(page.body.lines().any(|found| found == line), "{line} is not in\n{}", page.body);
+        }
+    }
+    drop(server);
+    let cpu = start("dummy-d64", "cpu", &[]);
+    assert!(!cpu.get("/metrics").body.contains("llm_gpu_"));
+}
+
 /// Requests of all kinds at once: prompts in chunks beside decodes, choices that share a prompt, cached prefixes, preemption.
 #[test]
 fn many_requests_at_once_are_all_answered() {
@@ -219,6 +239,23 @@ fn without_a_gpu_the_cpu_computes_or_the_reason_is_told() {
 
     let automatic = Server::start(&[&[model.to_str().expect("UTF-8")][..], &SMALL].concat());
     assert!(automatic.output().contains("backend   cpu"), "{}", automatic.output());
+}
+
+#[test]
+fn what_would_compute_is_told_beforehand() {
+    let model = golden_path("dummy-d64");
+    let says = |environment: &[(String, String)]| {
+        let output = Command::new(binary())
+            .args(["check", model.to_str().expect("UTF-8"), "--load-format", "dummy", "--port", "0"])
+            .args(["--metrics-port", "0"])
+            .envs(environment.iter().map(|(name, value)| (name, value)))
+            .output()
+            .expect("the binary starts");
+        assert!(output.status.success());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    assert!(says(&stand_in::environment(1, MEMORY)).contains("backend    cuda, GPU 0 Stub 0"));
+    assert!(says(&[]).contains("backend    cpu"));
 }
 
 #[test]

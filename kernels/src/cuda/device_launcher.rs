@@ -57,4 +57,8 @@ impl Launcher for DeviceLauncher<'_> {
     fn launch_together(&mut self, _streams: &[Vec<Launch>]) -> Result<(), String> {
         Err("one stream runs one launch after the other".into())
     }
+
+    fn has_streams(&self) -> bool {
+        false
+    }
 }

@@ -109,6 +109,10 @@ impl Launcher for Emulator {
     fn launch_together(&mut self, streams: &[Vec<Launch>]) -> Result<(), String> {
         self.run(streams)
     }
+
+    fn has_streams(&self) -> bool {
+        true
+    }
 }
 
 /// `emulate::Launch`.

@@ -28,13 +28,11 @@ struct Findings {
 /// Runs the command.
 pub(super) fn check(config: ServeConfig) -> Result<(), Exit> {
     let mut findings = Findings::default();
-    machine(&config, &mut findings);
+    let inspected = startup::inspect(&config.common, config.group.as_ref(), 0);
+    machine(&config, inspected.as_ref().ok().and_then(Inspected::device), &mut findings);
     group(&config, &mut findings);
-    match startup::inspect(&config.common, config.group.as_ref(), 0) {
+    match inspected {
         Ok(inspected) => {
-            if let Some(device) = inspected.device() {
-                findings.line("GPU", device);
-            }
             model(&config, &inspected, &mut findings);
             text(&config, &inspected, &mut findings);
         }
@@ -60,7 +58,8 @@ impl Findings {
     }
 }
 
-fn machine(config: &ServeConfig, findings: &mut Findings) {
+/// The machine, and what of it computes: the GPU, if there is one for it.
+fn machine(config: &ServeConfig, gpu: Option<String>, findings: &mut Findings) {
     let machine = tandem_engine::machine_info(&startup::model_options(&config.common));
     let machine = machine.map_err(|e| startup::refusal(&config.common, e));
     let Some(machine) = findings.take(machine) else { return };
@@ -68,7 +67,8 @@ fn machine(config: &ServeConfig, findings: &mut Findings) {
         machine.memory_limit_bytes.map_or("no limit".to_owned(), |limit| format!("limit {}", bytes(limit)));
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     findings.line("machine", format!("{}, {cpus} CPUs to use", processor()));
-    findings.line("backend", format!("cpu {}, {} threads", machine.isa, machine.threads));
+    let cpu = format!("cpu {}, {} threads", machine.isa, machine.threads);
+    findings.line("backend", gpu.map_or(cpu, |gpu| format!("cuda, {gpu}")));
     findings.line("memory", format!("{} free, {limit}", bytes(machine.memory_available_bytes)));
 }
 

@@ -25,7 +25,7 @@ use super::ranks::Ranks;
 use super::startup::{self, Prepared, Running};
 use super::{Exit, banner, follow, terminal};
 use crate::config::{ConfigError, GroupConfig, ServeConfig};
-use crate::http::{self, AppState, GroupView, Serving};
+use crate::http::{self, AppState, GpuGauges, GroupView, Serving};
 use crate::lifecycle::{Lifecycle, Phase};
 
 /// How often the step thread is looked after.
@@ -240,6 +240,7 @@ fn serving(running: Running) -> Serving {
         tokenizer: running.tokenizer,
         template: running.template,
         generation: running.generation,
+        gpus: running.gpus.map(GpuGauges::new),
     }
 }
 

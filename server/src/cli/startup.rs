@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use tandem_engine::{
     BackendInfo, DType, DeviceChoice, EngineConfig, EngineHandle, EngineOptions, EnginePlan, Environment,
-    FixedSeeds, GenerationConfig, GroupStatus, Inspected, LeadOptions, LoadError, ModelDType, ModelInfo,
-    ModelOptions,
+    FixedSeeds, GenerationConfig, GpuMeter, GroupStatus, Inspected, LeadOptions, LoadError, ModelDType,
+    ModelInfo, ModelOptions,
 };
 
 use super::Exit;
@@ -40,6 +40,8 @@ pub(super) struct Running {
     pub(super) generation: GenerationConfig,
     pub(super) tokenizer: Option<Arc<Tokenizer>>,
     pub(super) template: Option<Arc<ChatTemplate>>,
+    /// Looks at the GPUs that compute.
+    pub(super) gpus: Option<GpuMeter>,
 }
 
 /// Checks the model, its tokenizer and template, and the sizes that follow from model and machine.
@@ -147,6 +149,7 @@ impl Prepared {
         for note in &loaded.plan.notes {
             tracing::warn!("{note}");
         }
+        let gpus = gpus(&loaded.backend, gpus_per_pod);
         let engine = EngineConfig { recovery_timeout: group.recovery_timeout, ..loaded.config };
         Ok(Running {
             engine: tandem_engine::spawn_with(loaded.executor, engine, environment(config)),
@@ -156,6 +159,7 @@ impl Prepared {
             generation,
             tokenizer: self.tokenizer,
             template: self.template,
+            gpus,
         })
     }
 
@@ -167,6 +171,7 @@ impl Prepared {
         let info = self.inspected.info().clone();
         let generation = self.inspected.generation().clone();
         let loaded = self.inspected.load(&self.options).map_err(|e| refusal(config, e))?;
+        let gpus = gpus(&loaded.backend, 1);
         Ok(Running {
             engine: tandem_engine::spawn_with(loaded.executor, loaded.config, environment(config)),
             info,
@@ -175,8 +180,18 @@ impl Prepared {
             generation,
             tokenizer: self.tokenizer,
             template: self.template,
+            gpus,
         })
     }
+}
+
+/// What looks at this process's GPUs, if it computes on some; a machine without NVML only has no such metrics.
+fn gpus(backend: &BackendInfo, count: usize) -> Option<GpuMeter> {
+    if backend.backend != "cuda" {
+        return None;
+    }
+    let meter = GpuMeter::open(0..count);
+    meter.inspect_err(|reason| tracing::warn!(reason, "no metrics of the GPU")).ok()
 }
 
 /// The system's time, and the seeds that the configuration fixes or none.

@@ -12,24 +12,28 @@ use axum::response::IntoResponse;
 use tandem_engine::{EngineState, Snapshot};
 
 use super::exposition::{Exposition, Kind, Number};
+use super::gpus::GpuGauges;
 use super::process::rss_bytes;
 use super::state::{AppState, Serving};
 
 /// The serving port: our names and vLLM's.
 pub(super) async fn with_vllm(State(state): State<Arc<AppState>>) -> impl IntoResponse {
-    respond(render(&state, true))
+    respond(render(&state, true).await)
 }
 
 /// The metrics port: our names only. vLLM's have colons, which Prometheus' linter refuses.
 pub(super) async fn own(State(state): State<Arc<AppState>>) -> impl IntoResponse {
-    respond(render(&state, false))
+    respond(render(&state, false).await)
 }
 
 fn respond(page: String) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"))], page)
 }
 
-fn render(state: &AppState, with_vllm: bool) -> String {
+async fn render(state: &AppState, with_vllm: bool) -> String {
+    if let Some(gpus) = gpus(state) {
+        gpus.refresh().await;
+    }
     let model = ("model_name", state.model_name());
     let mut page = Exposition::new(&[model]);
     write_process(state, &mut page);
@@ -41,6 +45,9 @@ fn render(state: &AppState, with_vllm: bool) -> String {
         write_requests(&snapshot, &mut page);
         write_latencies(&snapshot, &mut page);
         write_resources(&snapshot, &mut page);
+        if let Some(gpus) = gpus(state) {
+            gpus.write(&mut page);
+        }
         if with_vllm {
             page.set_common(&[model, ("engine", "0")]);
             write_vllm(&snapshot, serving, &mut page);
@@ -48,6 +55,10 @@ fn render(state: &AppState, with_vllm: bool) -> String {
         }
     }
     page.finish()
+}
+
+fn gpus(state: &AppState) -> Option<&GpuGauges> {
+    state.serving()?.gpus.as_ref()
 }
 
 fn write_process(state: &AppState, page: &mut Exposition) {

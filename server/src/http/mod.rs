@@ -29,6 +29,7 @@ mod exposition;
 mod fields;
 mod forward;
 mod generation;
+mod gpus;
 mod group;
 mod helpers;
 pub mod limits;
@@ -47,6 +48,7 @@ mod state;
 mod tests;
 mod tokenize;
 
+pub use gpus::GpuGauges;
 pub use group::GroupView;
 pub use serve::serve;
 pub use state::{AppState, Serving};

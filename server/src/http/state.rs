@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_engine::{EngineHandle, GenerationConfig, ModelInfo};
 
+use super::gpus::GpuGauges;
 use super::group::GroupView;
 
 use super::errors::ApiError;
@@ -40,6 +41,8 @@ pub struct Serving {
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub template: Option<Arc<ChatTemplate>>,
     pub generation: GenerationConfig,
+    /// None: no GPU computes, or none that can be looked at.
+    pub gpus: Option<GpuGauges>,
 }
 
 /// The waiting times of [`limits`]; tests shorten them.

@@ -49,7 +49,7 @@ pub const GROUPS: &[(&str, Group)] = &[
     ("all_reduce", collective::all_reduce),
 ];
 
-/// Checks all kernels.
+/// Checks all kernels; those of collectives only where launches can run at the same time, which they wait for.
 pub fn check_all(launcher: &mut dyn Launcher, seed: u64) -> Vec<CheckResult> {
     GROUPS.iter().flat_map(|&(_, group)| check(launcher, group, seed)).collect()
 }

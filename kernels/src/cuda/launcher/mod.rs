@@ -134,6 +134,8 @@ pub trait Launcher {
     fn launch(&mut self, launch: &Launch) -> Result<(), String>;
     /// Streams whose launches wait for each other: they must run at the same time, those of one stream in order.
     fn launch_together(&mut self, streams: &[Vec<Launch>]) -> Result<(), String>;
+    /// Whether `launch_together` works here.
+    fn has_streams(&self) -> bool;
 }
 
 /// Threads for a row of `len` values, `per_thread` at a time: whole warps, at most `most`.

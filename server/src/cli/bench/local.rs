@@ -1,5 +1,6 @@
 //! The engine's speed without HTTP, as shares of limits measured in the same run, before
-//! and after: the better of both counts, since other load on the machine only ever lowers one.
+//! and after: the better of both counts, since other load on the machine only ever lowers one. Of a GPU they are those of
+//! memory and of bf16; with weights in fp8 there are no shares.
 //!
 //! For each concurrency c, rounds of c requests with random, distinct prompts, prefix cache off, end tokens ignored:
 //! * **prefill**: c requests that want one token each; prompt tokens over the time until the last has it.
@@ -23,7 +24,7 @@ use super::super::startup::{self, Running};
 use super::local_report::{LimitsReport, Overhead, Report, Row, Work};
 use super::prompts::Random;
 use super::statistics::Summary;
-use crate::config::{BenchLoad, CommonConfig};
+use crate::config::{BenchLoad, CommonConfig, Quantization};
 
 /// Tokens of the prompt that warms caches and thread pool up.
 const WARM_UP_TOKENS: usize = 64;
@@ -55,7 +56,9 @@ pub(super) fn measure_engine(mut common: CommonConfig, load: &BenchLoad) -> Resu
     // Before the weights are there: the limits are the machine's, and its memory is free.
     let options = startup::model_options(&common);
     let measure_limits = || tandem_engine::measure_limits(&options).map_err(|e| startup::refusal(&common, e));
-    let before = measure_limits()?;
+    // Products in fp8 are faster than the limit that is measured for a GPU, that of bf16.
+    let has_limits = common.quantization != Some(Quantization::Fp8);
+    let before = has_limits.then(measure_limits).transpose()?;
     let running = prepared.load(&common)?;
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     let runtime = runtime.map_err(|e| Exit::failed(format!("no runtime: {e}")))?;
@@ -63,8 +66,14 @@ pub(super) fn measure_engine(mut common: CommonConfig, load: &BenchLoad) -> Resu
     running.engine.shutdown();
     let results = results?;
     // Again, in case the machine was busy with something else before; what it did once it can do.
-    let limits = better(&before, &measure_limits()?);
-    Ok(report(load, &Machine { backend: &running.backend, limits: &limits, step_tokens }, &running, results))
+    // On a GPU that the model has filled there may be no room for it.
+    let limits = before.map(|before| measure_limits().map_or(before, |after| better(&before, &after)));
+    Ok(report(
+        load,
+        &Machine { backend: &running.backend, limits: limits.as_ref(), step_tokens },
+        &running,
+        results,
+    ))
 }
 
 /// The larger of two measurements, limit by limit.
@@ -107,7 +116,8 @@ async fn measure(load: &BenchLoad, running: &Running) -> Result<Vec<Measured>, E
 /// What a measurement is compared with.
 struct Machine<'a> {
     backend: &'a BackendInfo,
-    limits: &'a Limits,
+    /// None: nobody measured them.
+    limits: Option<&'a Limits>,
     /// Tokens that one step takes at most.
     step_tokens: usize,
 }
@@ -121,7 +131,7 @@ fn report(load: &BenchLoad, machine: &Machine<'_>, running: &Running, results: V
         isa: backend.isa,
         threads: backend.threads,
         activations: backend.activations.name(),
-        limits: LimitsReport::from(machine.limits),
+        limits: machine.limits.map(LimitsReport::from),
         peak_operations_per_second: machine.peak(),
         results: results.into_iter().map(|measured| row(load, machine, measured)).collect(),
     }
@@ -172,7 +182,7 @@ fn row(load: &BenchLoad, machine: &Machine<'_>, measured: Measured) -> Row {
         decode_tokens_per_second,
         ttft_ms: measured.ttft_ms,
         tpot_ms: measured.tpot_ms,
-        prefill_share_of_limit: prefill.operations_per_second / machine.peak(),
+        prefill_share_of_limit: machine.peak().map(|peak| prefill.operations_per_second / peak),
         decode_share_of_limit: machine.share(&decode),
         prefill_work: prefill,
         decode_work: decode,
@@ -207,20 +217,22 @@ impl Machine<'_> {
     }
 
     /// The larger of bytes read over the read bandwidth and operations over the arithmetic peak.
-    fn share(&self, work: &Work) -> f64 {
-        let of_bandwidth = work.bytes_per_second / (self.limits.read_gb_per_s * 1e9);
-        of_bandwidth.max(work.operations_per_second / self.peak())
+    fn share(&self, work: &Work) -> Option<f64> {
+        let of_bandwidth = work.bytes_per_second / (self.limits?.read_gb_per_s * 1e9);
+        Some(of_bandwidth.max(work.operations_per_second / self.peak()?))
     }
 
     /// Operations a second that the activations' type allows.
-    fn peak(&self) -> f64 {
-        1e12 * match self.backend.activations {
-            Activations::F32 => self.limits.f32_tflops,
-            Activations::Bf16 => self.limits.bf16_tflops,
-            Activations::Int8 => self.limits.int8_tops,
+    fn peak(&self) -> Option<f64> {
+        let limits = self.limits?;
+        let tera = match self.backend.activations {
+            Activations::F32 => limits.f32_tflops,
+            Activations::Bf16 => limits.bf16_tflops,
+            Activations::Int8 => limits.int8_tops,
             // Two products of bytes for each of int16 by int8.
-            Activations::Int16 => self.limits.int8_tops / 2.0,
-        }
+            Activations::Int16 => limits.int8_tops / 2.0,
+        };
+        Some(1e12 * tera)
     }
 }
 
@@ -379,14 +391,16 @@ mod tests {
             kv_bytes_per_token: 0,
         };
         let limits = Limits { read_gb_per_s: 1.0, f32_tflops: 1.0, bf16_tflops: 1.0, int8_tops: 1e-6 };
-        let machine = Machine { backend: &backend, limits: &limits, step_tokens: 8 };
+        let machine = Machine { backend: &backend, limits: Some(&limits), step_tokens: 8 };
         // 1,000 tokens/s × (900 + 100/10) operations over 1e6 operations/s; the weights once in 8 tokens.
         let prefill = machine.prefill_work(1000.0, 10, 1);
-        assert!((prefill.operations_per_second / machine.peak() - 0.91).abs() < 1e-9);
+        assert!((prefill.operations_per_second / machine.peak().unwrap() - 0.91).abs() < 1e-9);
         assert!((prefill.bytes_per_second - 125e6).abs() < 1e-3);
         // 500 steps/s × 1 MB over 1 GB/s; 500,000 operations/s are as much.
-        let share = |rate, concurrency| machine.share(&machine.decode_work(rate, concurrency, 0));
+        let share = |rate, concurrency| machine.share(&machine.decode_work(rate, concurrency, 0)).unwrap();
         assert!((share(500.0, 1) - 0.5).abs() < 1e-9);
         assert!((share(800.0, 2) - 0.8).abs() < 1e-9);
+        let unmeasured = Machine { limits: None, ..machine };
+        assert_eq!(unmeasured.share(&prefill), None);
     }
 }

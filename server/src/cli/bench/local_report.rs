@@ -16,9 +16,10 @@ pub(super) struct Report {
     pub(super) isa: &'static str,
     pub(super) threads: usize,
     pub(super) activations: &'static str,
-    pub(super) limits: LimitsReport,
+    /// None where they were not measured; then there are no shares either.
+    pub(super) limits: Option<LimitsReport>,
     /// The limit of the activations' type.
-    pub(super) peak_operations_per_second: f64,
+    pub(super) peak_operations_per_second: Option<f64>,
     pub(super) results: Vec<Row>,
 }
 
@@ -41,8 +42,8 @@ pub(super) struct Row {
     pub(super) decode_tokens_per_second: f64,
     pub(super) ttft_ms: Summary,
     pub(super) tpot_ms: Summary,
-    pub(super) prefill_share_of_limit: f64,
-    pub(super) decode_share_of_limit: f64,
+    pub(super) prefill_share_of_limit: Option<f64>,
+    pub(super) decode_share_of_limit: Option<f64>,
     pub(super) prefill_work: Work,
     pub(super) decode_work: Work,
     pub(super) overhead: Overhead,
@@ -92,6 +93,18 @@ impl From<&Limits> for LimitsReport {
     }
 }
 
+impl LimitsReport {
+    fn text(&self) -> String {
+        let Self { read_gb_per_s, f32_tflops, bf16_tflops, int8_tops } = *self;
+        let rates =
+            [("f32", f32_tflops, "TFLOP/s"), ("bf16", bf16_tflops, "TFLOP/s"), ("int8", int8_tops, "TOP/s")];
+        // What a GPU's backend does not use is not measured.
+        let measured = rates.iter().filter(|(_, rate, _)| *rate > 0.0);
+        let rates: String = measured.map(|(name, rate, unit)| format!(", {name} {rate:.2} {unit}")).collect();
+        format!("read {read_gb_per_s:.1} GB/s{rates}")
+    }
+}
+
 impl Report {
     /// One JSON object and a newline.
     pub(super) fn json(&self) -> String {
@@ -102,15 +115,12 @@ impl Report {
 
     /// A table.
     pub(super) fn text(&self) -> String {
-        let Self { model, weights, backend, isa, threads, limits, .. } = self;
+        let Self { model, weights, backend, isa, threads, .. } = self;
+        let limits = self.limits.as_ref().map_or("not measured".to_owned(), LimitsReport::text);
         let mut out = format!(
             "{model} {weights}, {backend} {isa}, {threads} threads\n\
-             limits: read {:.1} GB/s, f32 {:.2} TFLOP/s, bf16 {:.2} TFLOP/s, int8 {:.2} TOP/s\n\n\
+             limits: {limits}\n\n\
              {:>4} {:>7} {:>7} {:>14} {:>8} {:>14} {:>8} {:>20} {:>20} {:>9}\n",
-            limits.read_gb_per_s,
-            limits.f32_tflops,
-            limits.bf16_tflops,
-            limits.int8_tops,
             "conc",
             "prompt",
             "output",
@@ -137,7 +147,7 @@ impl Report {
                 percent(row.decode_share_of_limit),
                 three(&row.ttft_ms, 0),
                 three(&row.tpot_ms, 2),
-                percent(row.overhead.total),
+                percent(Some(row.overhead.total)),
             );
         }
         out
@@ -150,7 +160,9 @@ impl Report {
                 .map(|(what, share)| (row.concurrency, what, share))
         });
         for (concurrency, what, share) in shares {
-            if !(0.0..=1.0).contains(&share) {
+            if let Some(share) = share
+                && !(0.0..=1.0).contains(&share)
+            {
                 return Err(format!(
                     "{what} at concurrency {concurrency} reached {share:.2} of a limit: the limit was measured on a busy \
                      machine, or the model is so small that it is read from the caches"
@@ -161,8 +173,8 @@ impl Report {
     }
 }
 
-fn percent(share: f64) -> String {
-    format!("{:.1} %", share * 100.0)
+fn percent(share: Option<f64>) -> String {
+    share.map_or("–".to_owned(), |share| format!("{:.1} %", share * 100.0))
 }
 
 #[cfg(test)]
@@ -184,8 +196,8 @@ pub(super) mod tests {
             decode_tokens_per_second: 2.0,
             ttft_ms: Summary { p50: 50.0, ..Summary::default() },
             tpot_ms: Summary::default(),
-            prefill_share_of_limit: share,
-            decode_share_of_limit: 0.5,
+            prefill_share_of_limit: Some(share),
+            decode_share_of_limit: Some(0.5),
             prefill_work: work(0.4e12, 0.1e9),
             decode_work: work(0.02e12, 40e9),
             overhead: Overhead::default(),
@@ -198,8 +210,8 @@ pub(super) mod tests {
             isa: "scalar",
             threads: 2,
             activations: "int8",
-            limits,
-            peak_operations_per_second: 2e12,
+            limits: Some(limits),
+            peak_operations_per_second: Some(2e12),
             results: vec![row],
         }
     }
@@ -243,5 +255,9 @@ pub(super) mod tests {
         assert!(report(1.01).check().is_err());
         assert!(report(f64::NAN).check().is_err());
         assert!(report(0.5).text().contains("50.0 %"));
+        let mut unmeasured = report(0.5);
+        unmeasured.limits = None;
+        unmeasured.results[0].prefill_share_of_limit = None;
+        assert!(unmeasured.check().is_ok() && unmeasured.text().contains("limits: not measured"));
     }
 }

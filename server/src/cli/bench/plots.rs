@@ -27,7 +27,9 @@ pub(super) fn of_engine(report: &EngineReport) -> String {
         ],
     };
     let times: Vec<(Summary, Summary)> = results.iter().map(|row| (row.ttft_ms, row.tpot_ms)).collect();
-    page(&title, &details, &[roofline(report), rates, latency(&concurrency, &times)])
+    let charts: Vec<Chart> =
+        roofline(report).into_iter().chain([rates, latency(&concurrency, &times)]).collect();
+    page(&title, &details, &charts)
 }
 
 /// Rates and times of a server.
@@ -55,10 +57,10 @@ pub(super) fn of_server(report: &ServerReport) -> String {
     page(&format!("{model} at {url}"), &sizes, &[rates, latency(&concurrency, &times)])
 }
 
-/// Operations a second over operations per byte, below the two limits.
-fn roofline(report: &EngineReport) -> Chart {
-    let bytes_per_second = report.limits.read_gb_per_s * 1e9;
-    let peak = report.peak_operations_per_second;
+/// Operations a second over operations per byte, below the two limits, if those were measured.
+fn roofline(report: &EngineReport) -> Option<Chart> {
+    let bytes_per_second = report.limits.as_ref()?.read_gb_per_s * 1e9;
+    let peak = report.peak_operations_per_second?;
     let dots = |name: &str, colour, work: &dyn Fn(usize) -> (f64, f64)| {
         let points = report.results.iter().enumerate().map(|(i, row)| {
             let (operations, bytes) = work(i);
@@ -83,7 +85,7 @@ fn roofline(report: &EngineReport) -> Chart {
     let memory = vec![point(left, left * bytes_per_second), point(knee, peak)];
     let arithmetic = vec![point(knee, peak), point(right, peak)];
     let limit = |name: String, colour, line, points| Series { name, colour, line, markers: false, points };
-    Chart {
+    Some(Chart {
         title: "Roofline: linear layers against what was measured of this machine".to_owned(),
         x: Axis { label: "operations per byte".to_owned(), scale: Scale::Log, ticks: Vec::new() },
         y: Axis { label: "operations/s".to_owned(), scale: Scale::Log, ticks: Vec::new() },
@@ -102,7 +104,7 @@ fn roofline(report: &EngineReport) -> Chart {
             prefill,
             decode,
         ],
-    }
+    })
 }
 
 /// TTFT and TPOT over concurrency, medians and 99th percentiles.
@@ -157,7 +159,7 @@ mod tests {
         for text in ["read bandwidth, 80.0 GB/s", "2.00 T operations/s", "Throughput", "Latency"] {
             assert!(svg.contains(text), "{text}");
         }
-        let roofline = roofline(&report);
+        let roofline = roofline(&report).unwrap();
         assert_eq!(
             roofline.series.iter().map(|series| series.points.len()).collect::<Vec<_>>(),
             [2, 2, 1, 1]

@@ -113,7 +113,8 @@ pub(super) fn serving(config: EngineConfig, with_text: bool) -> (Serving, Arc<Kn
     let tokenizer = with_text.then(|| Arc::new(tokenizer()));
     let template =
         tokenizer.clone().map(|tokenizer| Arc::new(ChatTemplate::new(TEMPLATE, tokenizer).unwrap()));
-    (Serving { engine, model: model(), tokenizer, template, generation: GenerationConfig::default() }, knobs)
+    let generation = GenerationConfig::default();
+    (Serving { engine, model: model(), tokenizer, template, generation, gpus: None }, knobs)
 }
 
 pub(super) fn serve_config(keys: &[&str]) -> Arc<ServeConfig> {
