@@ -14,6 +14,7 @@ import json
 import os
 import sys
 
+import jsonpatch
 import kubernetes_validate
 import yaml
 
@@ -23,14 +24,22 @@ GROUP_PORTS = range(7400, 7409)
 
 
 def load(folder):
-    """All documents by kind and name, but for those that are not applied."""
+    """All documents by kind and name, but for those that are not applied; those of another folder with its patches."""
     documents = {}
+    with open(os.path.join(folder, "kustomization.yaml"), encoding="utf-8") as file:
+        kustomization = yaml.safe_load(file)
+    for base in kustomization["resources"]:
+        if base.startswith("../"):
+            documents.update(load(os.path.join(folder, base)))
     for path in sorted(glob.glob(os.path.join(folder, "*.yaml"))):
         if os.path.basename(path) == "kustomization.yaml":
             continue
         with open(path, encoding="utf-8") as file:
             for document in yaml.safe_load_all(file):
                 documents[document["kind"], document["metadata"]["name"]] = document
+    for patch in kustomization.get("patches", []):
+        target = patch["target"]["kind"], patch["target"]["name"]
+        documents[target] = jsonpatch.apply_patch(documents[target], yaml.safe_load(patch["patch"]))
     return documents
 
 
@@ -53,6 +62,10 @@ def workload(documents):
 
 def is_group(documents):
     return workload(documents)["kind"] == "StatefulSet"
+
+
+def has_gpus(documents):
+    return "nvidia.com/gpu" in container(documents)["resources"]["limits"]
 
 
 def container(documents):
@@ -112,6 +125,16 @@ def pod_rules(documents, rule):
     rule(resources["limits"] == resources["requests"] and resources["limits"]["cpu"].isdigit(), "whole CPUs, guaranteed")
 
 
+def gpu_pod_rules(documents, rule):
+    """What a pod with GPUs keeps to."""
+    variables, pod = environment(documents), workload(documents)["spec"]["template"]["spec"]
+    tolerations = [entry.get("key") for entry in pod.get("tolerations", [])]
+    rule("nvidia.com/gpu" in tolerations, "nodes with GPUs must be open to it")
+    rule(variables.get("TANDEM_DEVICE") == "cuda", "without a GPU it must not compute on the CPU")
+    rule("TANDEM_CACHE_DIR" not in variables, "the image's compiled kernels must be found")
+    rule(container(documents)["image"].endswith(":cuda"), "the image must be that of Dockerfile.cuda")
+
+
 def gpu_rules(documents, rule):
     """One server with one GPU."""
     deployment, main, variables = workload(documents), container(documents), environment(documents)
@@ -119,11 +142,7 @@ def gpu_rules(documents, rule):
     rolling = spec.get("strategy", {}).get("rollingUpdate", {})
     rule(rolling.get("maxSurge") == 0 and rolling.get("maxUnavailable"), "an update must not need another GPU")
     rule(main["resources"]["limits"].get("nvidia.com/gpu") == "1", "one GPU")
-    tolerations = [entry.get("key") for entry in spec["template"]["spec"].get("tolerations", [])]
-    rule("nvidia.com/gpu" in tolerations, "nodes with GPUs must be open to it")
-    rule(variables.get("TANDEM_DEVICE") == "cuda", "without a GPU it must not compute on the CPU")
-    rule("TANDEM_CACHE_DIR" not in variables, "the image's compiled kernels must be found")
-    rule(main["image"].endswith(":cuda"), "the image must be that of Dockerfile.cuda")
+    gpu_pod_rules(documents, rule)
     ports = {port["name"]: port["containerPort"] for port in main["ports"]}
     rule(ports == {"http": 8000, "metrics": 9090}, "ports are 8000 and 9090")
     policy, service = documents["NetworkPolicy", name]["spec"], documents["Service", name]["spec"]
@@ -174,12 +193,17 @@ def group_rules(documents, rule):
     mounts = {mount["mountPath"]: mount for mount in main["volumeMounts"]}
     rule(os.path.dirname(variables["TANDEM_GROUP_KEY_FILE"]) in mounts, "the group key must be mounted")
     writable = [path for path, mount in mounts.items() if not mount.get("readOnly")]
-    rule(variables["TANDEM_CACHE_DIR"] in writable, "the cache must be writable")
+    if has_gpus(documents):
+        gpu_pod_rules(documents, rule)
+        rule(main["resources"]["limits"]["nvidia.com/gpu"] == str(gpus), "a GPU for each rank of a pod")
+    else:
+        rule(variables["TANDEM_CACHE_DIR"] in writable, "the cache must be writable")
     ports = {port["name"]: port["containerPort"] for port in main["ports"]}
     rule(ports == {"http": 8000, "metrics": 9090, "group": 7400, "rank": 7401}, "ports are 8000, 9090, 7400 and 7401")
     open_ports, group_ports = set(), set()
     for entry in policy["ingress"]:
-        for port in entry["ports"]:
+        # None named are all.
+        for port in entry.get("ports", [{"port": 1, "endPort": 65535}]):
             numbers = range(port["port"], port.get("endPort", port["port"]) + 1)
             open_ports.update(numbers)
             if any(number in GROUP_PORTS for number in numbers):
@@ -188,8 +212,11 @@ def group_rules(documents, rule):
                 rule(bool(peers) and all(peers), "the group's ports are for its own pods only")
     rule(open_ports >= set(ports.values()), "the NetworkPolicy must let every port through")
     rule(group_ports >= set(range(7400, 7401 + gpus)), "the NetworkPolicy must let every rank through")
-    egress = {p["port"] for entry in policy["egress"] for p in entry["ports"]}
+    egress = {p["port"] for entry in policy["egress"] for p in entry.get("ports", [{"port": 7400}, {"port": 8000}])}
     rule({7400, 8000, 53} <= egress, "pods must reach each other, the leader's API and DNS")
+    if has_gpus(documents):
+        free = [entry for way in ("ingress", "egress") for entry in policy[way] if "ports" not in entry]
+        rule(len(free) == 2, "NCCL takes ports as it finds them")
 
 
 # Of what makes the pods, whatever it is.
@@ -224,6 +251,15 @@ GROUP_MUTATIONS = [
     ("NetworkPolicy tandem spec egress", []),
     ("PodDisruptionBudget tandem spec selector matchLabels", {"a": "b"}),
 ]
+GPU_GROUP_MUTATIONS = [
+    ("StatefulSet tandem spec template spec tolerations", []),
+    ("StatefulSet tandem spec template spec containers 0 image", "tandem:latest"),
+    ("StatefulSet tandem spec template spec containers 0 env 8 value", "auto"),
+    ("StatefulSet tandem spec template spec containers 0 resources", {
+        "limits": {"cpu": "4", "nvidia.com/gpu": "2"}, "requests": {"cpu": "4", "nvidia.com/gpu": "2"}}),
+    ("NetworkPolicy tandem spec ingress 2", {"from": [{"podSelector": {"matchLabels": {"a": "b"}}}],
+                                             "ports": [{"port": 7400, "endPort": 7408}]}),
+]
 GPU_MUTATIONS = [
     ("Deployment tandem-gpu spec strategy rollingUpdate maxSurge", 1),
     ("Deployment tandem-gpu spec template spec tolerations", []),
@@ -254,6 +290,8 @@ def uncaught(documents):
     missed, group = [], is_group(documents)
     owner = "StatefulSet tandem" if group else "Deployment tandem-gpu"
     mutations = [(f"{owner} {path}", value) for path, value in POD_MUTATIONS] + (GROUP_MUTATIONS if group else GPU_MUTATIONS)
+    if group and has_gpus(documents):
+        mutations = [(path, value) for path, value in mutations if "ports 0 endPort" not in path] + GPU_GROUP_MUTATIONS
     for path, value in mutations:
         mutant = copy.deepcopy(documents)
         set_at(mutant, path, value)

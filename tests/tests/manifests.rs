@@ -11,6 +11,7 @@ use tandem_tests::{default_model, python, stand_in};
 
 const GROUP: &str = "tensor-parallel";
 const GPU: &str = "single-gpu";
+const GPU_GROUP: &str = "tensor-parallel-gpu";
 
 fn check(manifests: &str, options: &[&str]) -> String {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -47,7 +48,7 @@ fn start_pod(ordinal: &str, key: &Path) -> Server {
 
 #[test]
 fn manifests_are_valid_and_every_rule_can_fail() {
-    for manifests in [GROUP, GPU] {
+    for manifests in [GROUP, GPU, GPU_GROUP] {
         check(manifests, &[]);
         check(manifests, &["--mutations"]);
     }

@@ -283,22 +283,20 @@ pub struct KernelCheck {
     pub line: String,
 }
 
-/// Runs every kernel on the first GPU beside plain loops.
+/// Runs every kernel on the first GPU beside plain loops; `seen` is called as soon as a case is over, so that one that hangs is the one
+/// after the last.
 ///
 /// # Errors
 /// [`LoadError::Cuda`] if there is no GPU or nothing runs on it.
-pub fn check_kernels() -> Result<Vec<KernelCheck>, LoadError> {
+pub fn check_kernels(mut seen: impl FnMut(KernelCheck)) -> Result<(), LoadError> {
     let cuda = Cuda::open(0).map_err(CudaLoadError::from)?;
     let runner = Runner::load(&cuda, &KernelCache::from_env()).map_err(CudaLoadError::from)?;
-    let results = cuda::check::check_all(&mut DeviceLauncher::new(&runner), CHECK_SEED);
-    Ok(results
-        .into_iter()
-        .map(|result| {
-            let outcome = match &result.failure {
-                None => format!("ok, relative error {:.1e}", result.error),
-                Some(reason) => format!("FAILED: {reason}"),
-            };
-            KernelCheck { passed: result.failure.is_none(), line: format!("{}: {outcome}", result.name) }
-        })
-        .collect())
+    cuda::check::check_all(&mut DeviceLauncher::new(&runner), CHECK_SEED, |result| {
+        let outcome = match &result.failure {
+            None => format!("ok, relative error {:.1e}", result.error),
+            Some(reason) => format!("FAILED: {reason}"),
+        };
+        seen(KernelCheck { passed: result.failure.is_none(), line: format!("{}: {outcome}", result.name) });
+    });
+    Ok(())
 }

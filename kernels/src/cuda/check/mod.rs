@@ -50,22 +50,21 @@ pub const GROUPS: &[(&str, Group)] = &[
 ];
 
 /// Checks all kernels; those of collectives only where launches can run at the same time, which they wait for.
-pub fn check_all(launcher: &mut dyn Launcher, seed: u64) -> Vec<CheckResult> {
-    GROUPS.iter().flat_map(|&(_, group)| check(launcher, group, seed)).collect()
+/// `seen` gets what came of each case.
+pub fn check_all(launcher: &mut dyn Launcher, seed: u64, mut seen: impl FnMut(CheckResult)) {
+    GROUPS.iter().for_each(|&(_, group)| check(launcher, group, seed, &mut seen));
 }
 
 /// Runs one of the [`GROUPS`].
-pub fn check(launcher: &mut dyn Launcher, group: Group, seed: u64) -> Vec<CheckResult> {
-    let mut checks = Checks { launcher, random: Random::new(seed), results: Vec::new() };
-    group(&mut checks);
-    checks.results
+pub fn check(launcher: &mut dyn Launcher, group: Group, seed: u64, seen: &mut dyn FnMut(CheckResult)) {
+    group(&mut Checks { launcher, random: Random::new(seed), seen });
 }
 
 /// Cases under way.
 pub struct Checks<'a> {
     launcher: &'a mut dyn Launcher,
     random: Random,
-    results: Vec<CheckResult>,
+    seen: &'a mut dyn FnMut(CheckResult),
 }
 
 impl Checks<'_> {
@@ -78,7 +77,7 @@ impl Checks<'_> {
         }
         case.allocations.iter().for_each(|&(address, _)| case.launcher.free(address));
         let error = case.error;
-        self.results.push(CheckResult { name, error, failure: outcome.err() });
+        (self.seen)(CheckResult { name, error, failure: outcome.err() });
     }
 }
 
@@ -241,7 +240,8 @@ mod tests {
         let num_seeds: u64 = std::env::var("TANDEM_CHECK_SEEDS").map_or(1, |n| n.parse().expect("a number"));
         for seed in 11..11 + num_seeds {
             let Some(mut emulator) = Emulator::new(seed) else { return };
-            let results = check(&mut emulator, *group, seed);
+            let mut results = Vec::new();
+            check(&mut emulator, *group, seed, &mut |result| results.push(result));
             assert!(!results.is_empty());
             let failures =
                 || results.iter().filter_map(|result| Some((&result.name, result.failure.as_ref()?)));
