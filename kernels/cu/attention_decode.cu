@@ -262,7 +262,9 @@ DEVICE void attend(bf16* out, float* partial_acc, float* partial_max, float* par
         }
         return;
     }
-    const size_t place = at * shape.num_splits + split;
+    // Partial results are those of the sequences at hand, wherever these begin in the step.
+    const size_t of_token = static_cast<size_t>(token - cu_seqlens[0]) * shape.num_heads + head;
+    const size_t place = of_token * shape.num_splits + split;
     if (part == 0) {
         partial_max[place] = max;
         partial_sum[place] = sum;
@@ -287,12 +289,13 @@ DECODE_KERNEL(attention_decode_bf16_d128, 128, bf16)
 DECODE_KERNEL(attention_decode_fp8_d64, 64, fp8)
 DECODE_KERNEL(attention_decode_fp8_d128, 128, fp8)
 
-// out bf16 [T, H·D] of the splits' partial results. Grid (T, H), D / 8 threads rounded up to a warp; tokens that belong to
-// no sequence are left alone.
+// out bf16 [T, H·D] of the splits' partial results. Grid (tokens of the sequences, H), D / 8 threads rounded up to a warp;
+// tokens that belong to no sequence are left alone.
 KERNEL(attention_combine, 32, bf16* out, const float* partial_acc, const float* partial_max, const float* partial_sum,
        const int* cu_seqlens, int num_sequences, int num_splits, int head_dim) {
     wait_for_previous_launch();
-    if (static_cast<int>(blockIdx.x) >= cu_seqlens[num_sequences]) return;
+    const int token = cu_seqlens[0] + static_cast<int>(blockIdx.x);
+    if (token >= cu_seqlens[num_sequences]) return;
     const int d = threadIdx.x * 8;
     if (d >= head_dim) return;
     const size_t at = static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y;
@@ -312,5 +315,6 @@ KERNEL(attention_combine, 32, bf16* out, const float* partial_acc, const float* 
     const float inverse = 1.0f / sum;
 #pragma unroll
     for (int j = 0; j < 8; j++) acc[j] *= inverse;
-    store16(out + at * head_dim + d, pack8(acc));
+    const size_t to = static_cast<size_t>(token) * gridDim.y + blockIdx.y;
+    store16(out + to * head_dim + d, pack8(acc));
 }

@@ -24,6 +24,10 @@ pub fn environment(target: &str, folder: &Path) -> PathBuf {
     let environment = Path::new(target).join(format!("{name}-venv"));
     let python = environment.join("bin/python");
     let stamp = environment.join("installed.txt");
+    // Tests of one program and of several come here at once.
+    let lock = std::fs::File::create(Path::new(target).join(format!("{name}-venv.lock")));
+    let lock = lock.expect("the target folder is writable");
+    lock.lock().expect("a file can be locked");
     if std::fs::read_to_string(&stamp).ok().as_deref() != Some(&pinned) {
         run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&environment));
         let install = ["-m", "pip", "install", "--quiet", "--requirement"];

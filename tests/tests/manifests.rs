@@ -58,7 +58,9 @@ fn manifests_are_valid_and_every_rule_can_fail() {
 #[test]
 fn the_server_of_the_manifest_computes_on_a_gpu() {
     let model = tandem_tests::golden_path("dummy-d64");
-    let args = [model.to_str().expect("UTF-8"), "--load-format", "dummy", "--max-model-len", "128"];
+    // Small, for a GPU that is a CPU.
+    let sizes = ["--max-model-len", "128", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"];
+    let args = [&[model.to_str().expect("UTF-8"), "--load-format", "dummy"][..], &sizes].concat();
     let mut with_gpu = environment(GPU, "0");
     with_gpu.extend(stand_in::environment(1, 4 << 30));
     let server = Server::spawn_with(&args, &with_gpu);

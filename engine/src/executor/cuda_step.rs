@@ -41,6 +41,11 @@ impl CudaStep {
         Ok(Self { cpu, model, on_device, on_host, logits, host_rows: Vec::new() })
     }
 
+    /// Threads that answer what the GPU does not.
+    pub(crate) fn threads(&self) -> usize {
+        self.cpu.threads()
+    }
+
     /// Queues a step, and the way back of what comes of it.
     ///
     /// # Errors

@@ -94,7 +94,8 @@ impl CudaShard {
         let id = share_id(nccl, &mut comm)?;
         self.step.model.runner().cuda().bind().map_err(of_device)?;
         let place = (forming.rank, forming.size);
-        let communicator = NcclCommunicator::init(&abort, &id, place, NcclOptions::default())?;
+        let communicator = NcclCommunicator::init(&abort, &id, place, NcclOptions::default());
+        let communicator = communicator.map_err(|error| of_step(error.into()))?;
         Ok(Connected::Nccl(NcclCollectives(communicator)))
     }
 }
@@ -176,7 +177,11 @@ fn of_device(error: CudaError) -> ShardError {
 
 fn of_step(error: DeviceCommError) -> ShardError {
     match error {
-        DeviceCommError::Cuda(error) => of_device(error),
+        DeviceCommError::Cuda(error) | DeviceCommError::Nccl(NcclError::Device(error)) => of_device(error),
+        // "Unhandled CUDA error": the device has failed, and every new communicator on it would.
+        DeviceCommError::Nccl(error @ NcclError::Failed { code: 1, .. }) => {
+            ShardError::Unfit(error.to_string())
+        }
         other => ShardError::Failed(other.to_string()),
     }
 }

@@ -25,8 +25,9 @@ pub(crate) const HEARTBEAT: Duration = Duration::from_millis(500);
 pub(crate) const SILENCE: Duration = Duration::from_millis(2500);
 /// How long a new connection may take to say who it is.
 const GREETING: Duration = Duration::from_secs(5);
-/// How long ranks may take to connect to each other.
-const FORMING: Duration = Duration::from_secs(30);
+/// How long ranks may take to connect to each other and to take what a step needs: on many GPUs steps are recorded meanwhile. One that
+/// is gone or silent ends it before.
+const FORMING: Duration = Duration::from_secs(180);
 /// Epochs begin at most so often: what ends one at once may end the next one, too.
 const REST: Duration = Duration::from_secs(1);
 /// How long a rank may take to give up a step; longer than its own watchdog, which ends a process that hangs.
@@ -345,7 +346,7 @@ impl Leader {
         {
             self.end_epoch(
                 now,
-                format!("the ranks could not connect to each other in {} s", FORMING.as_secs()),
+                format!("the ranks were not ready for steps in {} s", FORMING.as_secs()),
                 out,
             );
         }

@@ -31,6 +31,9 @@ pub enum DeviceChoice {
 /// Device memory that libraries, compiled kernels and a step's workspace take beside weights and KV, as far as is known before
 /// they have taken it.
 const WORKSPACE_BYTES: u64 = 1 << 30;
+/// What recorded steps take, and NCCL with other ranks.
+const GRAPH_BYTES: u64 = 256 << 20;
+const NCCL_BYTES: u64 = 2 << 30;
 
 /// A GPU, and how many ranks compute on it.
 #[derive(Debug, Clone)]
@@ -138,17 +141,33 @@ impl Inspected {
         options: &EngineOptions,
         size: usize,
     ) -> Result<EnginePlan, LoadError> {
-        let weights = 2 * self.info.num_parameters / size as u64;
+        let weights = self.device_weight_bytes() / size as u64;
         let usable = device.share((device.info.total_bytes as f64 * options.gpu_memory_utilization) as u64);
         let Some(free_bytes) = usable.checked_sub(weights + WORKSPACE_BYTES).filter(|bytes| *bytes > 0)
         else {
             let reason = format!(
-                "{} × {} bytes of {} do not hold {weights} bytes of weights in bf16 and what they need beside them",
+                "{} × {} bytes of {} do not hold {weights} bytes of weights and what they need beside them",
                 options.gpu_memory_utilization, device.info.total_bytes, device.info.name
             );
             return Err(LoadError::Option { option: "gpu-memory-utilization", reason });
         };
         self.plan_for_room(options, Room::of_device(free_bytes), size)
+    }
+
+    /// What the weights will take on devices: layers as the loader leaves them, all else in bf16.
+    fn device_weight_bytes(&self) -> u64 {
+        let weights = self.files.weights();
+        let of = |name: &&str| {
+            let Some(info) = weights.info(name) else { return 0 };
+            let elements = info.num_elements().unwrap_or(0);
+            let is_layer = name.starts_with("model.layers.") && info.shape.len() == 2;
+            match is_layer {
+                true if self.options.fp8_weights => elements + 4 * info.shape[0] as u64,
+                true if info.dtype.is_quantized() => info.num_bytes().unwrap_or(0),
+                _ => 2 * elements,
+            }
+        };
+        weights.names().iter().map(of).sum()
     }
 
     /// Loads a share of the weights on a device; the plan that it was made for, and the device's memory for KV.
@@ -157,7 +176,7 @@ impl Inspected {
         device: &ChosenDevice,
         options: &EngineOptions,
         shard: Shard,
-    ) -> Result<(CudaLlama, EnginePlan, u64), LoadError> {
+    ) -> Result<(CudaStep, EnginePlan, u64), LoadError> {
         let before = self.plan_cuda(device, options, shard.size)?;
         let cuda = Cuda::open(device.info.ordinal).map_err(CudaLoadError::from)?;
         let runner = Runner::load(&cuda, &KernelCache::from_env()).map_err(CudaLoadError::from)?;
@@ -174,11 +193,16 @@ impl Inspected {
         let (name, config) = (self.info.name.clone(), self.files.config.clone());
         let mut model = CudaLlama::load(runner, &name, config, self.files.weights(), llama_options)?;
         model.tune().map_err(CudaLoadError::from)?;
+        let step = CudaStep::new(make_cpu(&self.options)?, model, options.max_logits_rows());
+        let step = step.map_err(CudaLoadError::from)?;
         let memory = cuda.memory().map_err(CudaLoadError::from)?;
         let usable = (memory.total_bytes as f64 * options.gpu_memory_utilization) as u64;
-        let used = (memory.total_bytes - memory.free_bytes) as u64;
+        // What is still to be taken besides KV.
+        let graphs = if options.enforce_eager { 0 } else { GRAPH_BYTES };
+        let collectives = if shard.size > 1 { NCCL_BYTES } else { 0 };
+        let used = (memory.total_bytes - memory.free_bytes) as u64 + graphs + collectives;
         let free_bytes = device.share(usable.saturating_sub(used));
-        Ok((model, before, free_bytes))
+        Ok((step, before, free_bytes))
     }
 
     /// Loads the weights on the device, sees what is left, and takes it for KV. May take seconds.
@@ -190,7 +214,7 @@ impl Inspected {
         device: &ChosenDevice,
         options: &EngineOptions,
     ) -> Result<Loaded, LoadError> {
-        let (mut model, before, free_bytes) = self.load_on_device(device, options, Shard::WHOLE)?;
+        let (mut step, before, free_bytes) = self.load_on_device(device, options, Shard::WHOLE)?;
         let room = Room::of_device(free_bytes);
         let plan = match self.plan_for_room(options, room, 1)? {
             // Tables and workspace are made for that length.
@@ -200,24 +224,22 @@ impl Inspected {
             }
             plan => plan,
         };
-        model.allocate_kv(plan.num_blocks).map_err(CudaLoadError::from)?;
-        model.record(None).map_err(|error| ExecutorError::fatal(error.to_string()))?;
+        step.model.allocate_kv(plan.num_blocks).map_err(CudaLoadError::from)?;
+        step.model.record(None).map_err(|error| ExecutorError::fatal(error.to_string()))?;
         let engine = self.engine_config(options, &plan);
         let config = &self.files.config;
-        let cpu = make_cpu(&self.options)?;
         let backend = BackendInfo {
             backend: "cuda",
             ranks: 1,
             isa: device.isa(),
             device: Some(device.info.name.clone()),
-            threads: cpu.threads(),
+            threads: step.threads(),
             activations: Activations::Bf16,
             layer_flops_per_token: config.layer_flops_per_token(),
             head_flops_per_row: config.head_flops_per_row(),
-            weight_bytes: model.weight_bytes(),
+            weight_bytes: step.model.weight_bytes(),
             kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens as u64,
         };
-        let step = CudaStep::new(cpu, model, options.max_logits_rows()).map_err(CudaLoadError::from)?;
         Ok(Loaded { executor: Box::new(CudaExecutor::new(step)), config: engine, plan, backend })
     }
 
@@ -231,17 +253,15 @@ impl Inspected {
         options: &EngineOptions,
         shard: Shard,
     ) -> Result<LoadedShard, LoadError> {
-        let (model, _, free_bytes) = self.load_on_device(device, options, shard)?;
-        let max_blocks = plan::capacity(model.config(), self.kv_layout(), options, free_bytes);
-        let bytes = model.weight_bytes();
+        let (step, _, free_bytes) = self.load_on_device(device, options, shard)?;
+        let max_blocks = plan::capacity(step.model.config(), self.kv_layout(), options, free_bytes);
+        let bytes = step.model.weight_bytes();
         let loaded = GroupLoaded { max_blocks, weight_bytes: bytes, read_bytes: bytes };
-        let cpu = make_cpu(&self.options)?;
         let transport = device.transport();
         if transport == Transport::Host {
             let reason = if device.sharing > 1 { "ranks share a GPU" } else { "there is no NCCL" };
             tracing::warn!(reason, "collectives go by way of the host, which is slow");
         }
-        let step = CudaStep::new(cpu, model, options.max_logits_rows()).map_err(CudaLoadError::from)?;
         Ok(LoadedShard {
             device: Box::new(CudaShard::new(step, transport)),
             loaded,

@@ -9,6 +9,7 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUdeviceptr};
 use cudarc::driver::{CudaEvent, DriverError, result};
@@ -16,6 +17,8 @@ use half::{bf16, f16};
 
 use super::{Cuda, CudaError};
 
+/// How long a pinned buffer that is dropped waits for its last copy.
+const LAST_COPY: Duration = Duration::from_secs(5);
 /// Every buffer starts on a multiple of this many bytes; the driver promises it.
 const ALIGN: usize = 256;
 
@@ -382,8 +385,15 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        // An error means that the context is gone, and every copy with it.
-        let _ = self.wait();
+        // What the device does not end to copy to or from is left to the end of the process: a kernel may hang before it. An error
+        // means that the context is gone, and every copy with it.
+        let start = Instant::now();
+        while matches!(self.is_ready(), Ok(false)) {
+            if start.elapsed() >= LAST_COPY {
+                return;
+            }
+            std::thread::yield_now();
+        }
         if self.cuda.bind().is_ok() {
             // SAFETY: this buffer owns the memory, and no copy is in flight.
             self.cuda.record(unsafe { result::free_host(self.ptr) });

@@ -210,6 +210,8 @@ fn products_of_bf16_are_right_for_any_number_of_rows() {
         let (wide, narrow) = (cuda.alloc(4 * m * n).unwrap(), cuda.alloc(2 * m * n).unwrap());
         let (x_in, w_in) = (x_device.as_slice(), w_device.as_slice());
         gemm.run((m, n, k), x_in, w_in, wide.as_slice::<f32>()).unwrap();
+        // Nothing is looked up or loaded in a capture.
+        gemm.run((m, n, k), x_in, w_in, narrow.as_slice::<bf16>()).unwrap();
         let mut graph = cuda.capture(|| gemm.run((m, n, k), x_in, w_in, narrow.as_slice::<bf16>())).unwrap();
         // SAFETY: operands and workspace are alive.
         unsafe { graph.replay() }.unwrap();
@@ -315,9 +317,8 @@ fn a_lone_rank_of_nccl_sums_and_gives_up() {
     let mut got = vec![0.0; 64];
     all.as_slice::<f32>().read(&mut got).unwrap();
     assert_eq!(got, values);
-    // NCCL does not let go of it before its graphs are gone.
+    // With other ranks NCCL does not let go of it before its graphs are gone; with one it may.
     abort.abort();
-    assert!(!abort.wait_released(Duration::from_millis(100)));
     drop(graph);
     assert!(abort.wait_released(Duration::from_secs(60)));
     assert_eq!(comm.all_reduce(own.as_slice::<f32>()).unwrap_err(), NcclError::Aborted);

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use half::bf16;
 use tandem_kernels::cuda::{
-    Cuda, CudaError, DeviceBuffer, Gemm, GemmOptions, GemmTypes, Runner, Uploader, launcher,
+    Cuda, CudaError, DeviceBuffer, Gemm, GemmOptions, GemmShape, GemmTypes, Runner, Uploader, launcher,
 };
 use tandem_kernels::{DType, Matrix};
 
@@ -59,7 +59,7 @@ impl CudaLlama {
             name,
             weights,
             fp8: options.fp8_weights,
-            multiplies_fp8: gemm.can(GemmTypes::Fp8RowsToBf16)?,
+            multiplies_fp8: options.fp8_weights && multiplies_fp8(&gemm, &share, &config)?,
             uploader,
             rank: options.shard.rank,
         };
@@ -337,6 +337,25 @@ impl Loader<'_> {
         self.uploader.borrow_mut().write(buffer.as_slice(), &values)?;
         Ok(buffer)
     }
+}
+
+/// Whether the library has products in e4m3 for every layer: the device and the version alone do not tell.
+fn multiplies_fp8(gemm: &Gemm, share: &Share, config: &ModelConfig) -> Result<bool, CudaError> {
+    const ROWS: usize = 256;
+    let Share { queries, keys, intermediate, .. } = share;
+    let hidden = config.hidden_size;
+    let shapes = [
+        (queries.len() + 2 * keys.len(), hidden),
+        (hidden, queries.len()),
+        (2 * intermediate.len(), hidden),
+        (hidden, intermediate.len()),
+    ];
+    for (n, k) in shapes {
+        if !gemm.has(GemmShape { m: ROWS, n, k, types: GemmTypes::Fp8RowsToBf16 })? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Values of a GGUF block.

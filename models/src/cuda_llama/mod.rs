@@ -148,6 +148,8 @@ struct Shape {
 struct Run {
     first: usize,
     count: usize,
+    /// Of all of them.
+    tokens: usize,
     /// The most tokens of one of them.
     max_tokens: usize,
 }
@@ -322,7 +324,7 @@ impl CudaLlama {
             let (qkv, out) = (address(&work.qkv), address(&work.attention));
             let of = launcher::Attention { qkv, out, cache, heads, scale };
             for run in runs {
-                attention(runner, work, *run, tokens, of)?;
+                attention(runner, work, *run, of)?;
             }
             let mut add = |products: &mut Products<'_>,
                            layer: &Weight,
@@ -366,7 +368,7 @@ impl CudaLlama {
         let rows: Vec<usize> = GRAPH_BUCKETS
             .into_iter()
             .filter(|rows| *rows > MAX_GEMV_TOKENS)
-            .chain([512, 1024, 2048, 4096, 8192])
+            .chain([384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, self.options.max_tokens])
             .filter(|rows| *rows <= self.options.max_tokens)
             .collect();
         let layer = &self.layers[0];
@@ -387,7 +389,7 @@ impl CudaLlama {
         let most = self.options.max_tokens.min(self.options.max_seqs).min(self.options.max_logits_rows);
         for rows in GRAPH_BUCKETS.into_iter().filter(|rows| *rows <= most) {
             let shape = Shape { tokens: rows, logits_rows: rows };
-            let runs = [Run { first: 0, count: rows, max_tokens: 1 }];
+            let runs = [Run { first: 0, count: rows, tokens: rows, max_tokens: 1 }];
             self.work
                 .arrays
                 .upload(&ForwardBatch { cu_seqlens: vec![0], ..ForwardBatch::default() }, rows)?;
@@ -405,36 +407,26 @@ impl CudaLlama {
     }
 }
 
-/// Attention of neighbouring sequences of a step of `tokens`.
-fn attention(
-    runner: &Runner,
-    work: &Workspace,
-    run: Run,
-    tokens: usize,
-    of: launcher::Attention,
-) -> Result<(), CudaError> {
+/// Attention of neighbouring sequences of a step.
+fn attention(runner: &Runner, work: &Workspace, run: Run, of: launcher::Attention) -> Result<(), CudaError> {
     let sequences = work.arrays.sequences(run.first, run.count);
     if run.max_tokens > MAX_DECODE_TOKENS {
         return runner.launch(&launcher::attention_prefill(of, sequences, run.max_tokens));
     }
-    let num_splits = match run.first {
-        0 => num_splits(runner.cuda().info().num_sms, run, tokens, of.heads),
-        // What is merged are the partial results of the step's first tokens.
-        _ => 1,
-    };
+    let num_splits = num_splits(runner.cuda().info().num_sms, run, of.heads);
     let splits = Splits { num_splits, workspace: address(&work.partials) };
-    runner.launch(&launcher::attention_decode(of, sequences, run.max_tokens, tokens, splits))?;
+    runner.launch(&launcher::attention_decode(of, sequences, run.max_tokens, run.tokens, splits))?;
     if num_splits > 1 {
-        runner.launch(&launcher::attention_combine(of, sequences, tokens, splits))?;
+        runner.launch(&launcher::attention_combine(of, sequences, run.tokens, splits))?;
     }
     Ok(())
 }
 
 /// Into how many parts the contexts of a run are split, so that the device is full and the partial results have room.
-fn num_splits(num_sms: usize, run: Run, tokens: usize, heads: Heads) -> usize {
+fn num_splits(num_sms: usize, run: Run, heads: Heads) -> usize {
     let tiles = (run.max_tokens * heads.num_heads / heads.num_kv_heads).div_ceil(16);
     let blocks = (run.count * heads.num_kv_heads * tiles).max(1);
-    let room = PARTIAL_BYTES / launcher::splits_bytes(tokens.max(1), heads, 1);
+    let room = PARTIAL_BYTES / launcher::splits_bytes(run.tokens.max(1), heads, 1);
     (BLOCKS_PER_SM * num_sms).div_ceil(blocks).min(MAX_SPLITS).min(room).max(1)
 }
 
@@ -531,9 +523,10 @@ fn runs(batch: &ForwardBatch) -> Vec<Run> {
         match runs.last_mut() {
             Some(run) if is_decode(run.max_tokens) == is_decode(tokens) => {
                 run.count += 1;
+                run.tokens += tokens;
                 run.max_tokens = run.max_tokens.max(tokens);
             }
-            _ => runs.push(Run { first, count: 1, max_tokens: tokens }),
+            _ => runs.push(Run { first, count: 1, tokens, max_tokens: tokens }),
         }
     }
     runs
@@ -546,11 +539,8 @@ mod tests {
     #[test]
     fn neighbours_of_a_kind_are_one_run() {
         let batch = ForwardBatch { cu_seqlens: vec![0, 1, 3, 12, 40, 41], ..ForwardBatch::default() };
-        let expected = [(0, 2, 2), (2, 2, 28), (4, 1, 1)].map(|(first, count, max_tokens)| Run {
-            first,
-            count,
-            max_tokens,
-        });
+        let expected = [(0, 2, 3, 2), (2, 2, 37, 28), (4, 1, 1, 1)]
+            .map(|(first, count, tokens, max_tokens)| Run { first, count, tokens, max_tokens });
         assert_eq!(runs(&batch), expected);
         assert!(runs(&ForwardBatch::default()).is_empty());
     }
@@ -558,11 +548,14 @@ mod tests {
     #[test]
     fn few_sequences_are_split_and_partial_results_fit() {
         let heads = Heads { num_heads: 32, num_kv_heads: 8, head_dim: 128 };
-        let of = |count, max_tokens| num_splits(132, Run { first: 0, count, max_tokens }, count, heads);
+        let run = |count, max_tokens| Run { first: 0, count, tokens: count * max_tokens, max_tokens };
+        let of = |count, max_tokens| num_splits(132, run(count, max_tokens), heads);
         assert_eq!([of(1, 1), of(4, 1), of(256, 1)], [MAX_SPLITS, 13, 1]);
         assert_eq!(of(4, 8), 7, "eight tokens of four heads are two tiles");
-        let run = Run { first: 0, count: 1, max_tokens: 1 };
-        let splits = num_splits(132, run, 2048, heads);
-        assert!(splits >= 1 && launcher::splits_bytes(2048, heads, splits) <= PARTIAL_BYTES);
+        let splits = of(2048, 8);
+        assert!(
+            splits >= 1 && launcher::splits_bytes(2048 * 8, heads, splits) >= PARTIAL_BYTES,
+            "one always goes"
+        );
     }
 }

@@ -1,7 +1,9 @@
 //! The arrays of a step on their way to the device.
 //!
 //! They lie at fixed places of one buffer, so that a recorded step finds the next one's: what all steps have in front, which goes
-//! over in one copy, the block tables behind it, of which only those in use do.
+//! over in one copy, the block tables behind it, of which only what has changed does.
+
+use std::ops::Range;
 
 use tandem_kernels::cuda::launcher::{Address, Sequences};
 use tandem_kernels::cuda::{Cuda, CudaError, DeviceBuffer, PinnedBuffer};
@@ -20,6 +22,8 @@ pub(super) struct StepArrays {
     device: DeviceBuffer,
     at: Places,
     max: CudaLlamaOptions,
+    /// Parts of block tables that have to go over, counted in values.
+    changed: Vec<Range<usize>>,
 }
 
 /// Where each array begins, counted in values.
@@ -69,13 +73,19 @@ impl StepArrays {
     pub(super) fn new(cuda: &Cuda, max: CudaLlamaOptions) -> Result<Self, CudaError> {
         let at = Places::new(&max);
         let bytes = 4 * at.end;
-        Ok(Self { host: cuda.alloc_pinned(bytes)?, device: cuda.alloc_zeroed(bytes)?, at, max })
+        Ok(Self {
+            host: cuda.alloc_pinned(bytes)?,
+            device: cuda.alloc_zeroed(bytes)?,
+            at,
+            max,
+            changed: Vec::new(),
+        })
     }
 
     /// Queues the arrays of a step for operations on `rows` tokens, and as many sequences and rows of logits where these are more
     /// than the step has. Spare tokens write nothing; spare sequences have no tokens.
     pub(super) fn upload(&mut self, batch: &ForwardBatch, rows: usize) -> Result<(), CudaError> {
-        let Self { host, device, at, max } = self;
+        let Self { host, device, at, max, changed } = self;
         let num_seqs = batch.num_sequences();
         assert!(num_seqs <= max.max_seqs, "step of {num_seqs} sequences");
         let values = host.write::<i32>(0, at.end)?;
@@ -96,15 +106,23 @@ impl StepArrays {
         for (index, to) in ends.iter_mut().enumerate() {
             *to = batch.cu_seqlens.get(index).copied().unwrap_or(last) as i32;
         }
+        // Long contexts have long tables, of which a step changes few: the host's copy is what the device has.
+        changed.clear();
         for sequence in 0..num_seqs {
             let table = batch.block_table(sequence);
             assert!(table.len() <= at.stride, "{} blocks of a sequence", table.len());
-            let to = at.block_tables + sequence * at.stride;
-            let to = &mut values[to..to + table.len()];
-            to.iter_mut().zip(table).for_each(|(to, from)| *to = *from as i32);
+            let place = at.block_tables + sequence * at.stride;
+            let on_device = &mut values[place..place + table.len()];
+            let same = on_device.iter().zip(table).take_while(|(old, new)| **old == **new as i32).count();
+            if same < table.len() {
+                on_device[same..].iter_mut().zip(&table[same..]).for_each(|(to, from)| *to = *from as i32);
+                changed.push(place + same..place + table.len());
+            }
         }
-        let used = at.block_tables + num_seqs * at.stride;
-        device.slice::<i32>(0, used).upload(host, 0)
+        device.slice::<i32>(0, at.block_tables).upload(host, 0)?;
+        changed.iter().try_for_each(|range| {
+            device.slice::<i32>(4 * range.start, range.len()).upload(host, 4 * range.start)
+        })
     }
 
     /// Queues a list of blocks, or of pairs of blocks; where it will be.

@@ -35,11 +35,17 @@ pub(super) fn decode(checks: &mut Checks<'_>) {
                 let splits = Splits { num_splits, workspace: case.output::<u8>(bytes)?.address };
                 let max_tokens = lengths.iter().map(|&(_, tokens)| tokens).max().unwrap_or(0);
                 let Setup { attention, sequences, num_tokens, .. } = setup;
-                case.launch(launcher::attention_decode(
-                    attention, sequences, max_tokens, num_tokens, splits,
-                ))?;
-                if num_splits > 1 {
-                    case.launch(launcher::attention_combine(attention, sequences, num_tokens, splits))?;
+                // All at once, or the last ones first: a launch is for any neighbours of a step.
+                let all = sequences.num_sequences;
+                let cut = if num_splits == 5 { 2 } else { 0 };
+                for part in [cut..all, 0..cut] {
+                    let sequences = sequences.part(part);
+                    case.launch(launcher::attention_decode(
+                        attention, sequences, max_tokens, num_tokens, splits,
+                    ))?;
+                    if num_splits > 1 {
+                        case.launch(launcher::attention_combine(attention, sequences, num_tokens, splits))?;
+                    }
                 }
                 setup.check(case)
             });

@@ -158,6 +158,18 @@ impl Gemm {
         })
     }
 
+    /// Whether the library has an algorithm for this shape's bucket.
+    ///
+    /// # Errors
+    /// `Gemm`, `Driver`, `Unavailable`.
+    pub fn has(&self, shape: GemmShape) -> Result<bool, CudaError> {
+        match self.plan(shape.bucket()) {
+            Ok(_) => Ok(true),
+            Err(CudaError::NoGemm { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Chooses an algorithm for each shape's bucket that has none, by time. Allocates operands to time with and frees them: the
     /// weights several times, so that they come from memory as in a step and not from the cache.
     ///

@@ -16,6 +16,24 @@ pub struct Sequences {
     pub table_stride: usize,
 }
 
+impl Sequences {
+    /// Some of them.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn part(self, range: std::ops::Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.num_sequences, "{range:?} of {self:?}");
+        let after = |address: Address, values: usize| address + 4 * values as u64;
+        Self {
+            num_sequences: range.len(),
+            cu_seqlens: after(self.cu_seqlens, range.start),
+            context_lens: after(self.context_lens, range.start),
+            block_tables: after(self.block_tables, range.start * self.table_stride),
+            table_stride: self.table_stride,
+        }
+    }
+}
+
 /// What attention reads and writes: qkv bf16 [T, (H + 2K)·D] with queries rotated, out bf16 [T, H·D].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attention {
@@ -89,7 +107,7 @@ pub fn splits_bytes(num_tokens: usize, heads: Heads, num_splits: usize) -> usize
 
 /// Attention of sequences with at most `max_tokens` tokens each, few of them (a tile of 16 rows holds the tokens of all
 /// heads of a KV head, and each tile reads the cache). T is the tokens that the workspace is laid out for, at least those
-/// of the step. More than one split needs [`attention_combine`] afterwards.
+/// of the sequences. More than one split needs [`attention_combine`] afterwards.
 pub fn attention_decode(
     attention: Attention,
     sequences: Sequences,
