@@ -41,7 +41,7 @@ fn pinned_memory_shows_itself_only_after_the_copy() {
         // Dropped with a copy in flight: it waits, so the copy does not write to memory that is gone.
         buffer.as_slice::<u32>().download(&mut pinned, 0).unwrap();
         drop(pinned);
-        assert_eq!(waits(), before + 2);
+        assert_eq!(waits(), before + 1, "it asks again and again instead, for a device may hang");
         assert_eq!(counter(Stub::Driver, "unpinned"), 1);
     });
 }
@@ -61,6 +61,11 @@ fn a_stuck_device_can_be_told_by_asking() {
         set(Stub::Driver, "stuck", 0);
         assert!(!pinned.is_ready().unwrap());
         assert!(pinned.is_ready().unwrap() && cuda.is_idle().unwrap());
+        // What is dropped while it hangs stays where it is, and whoever drops it goes on.
+        set(Stub::Driver, "stuck", 1);
+        buffer.as_slice::<u8>().download(&mut pinned, 0).unwrap();
+        drop(pinned);
+        assert_eq!(counter(Stub::Driver, "unpinned"), 0);
     });
 }
 
