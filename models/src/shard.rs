@@ -9,6 +9,7 @@ use tandem_kernels::cpu::MAX_SEGMENTS;
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
+use crate::weights::Tensor;
 
 /// Values that are rounded together along the input of a linear layer: a rank owns whole groups.
 const UNIT: usize = 32;
@@ -182,6 +183,32 @@ pub(crate) fn vocab_rows(vocab_size: usize, Shard { rank, size }: Shard) -> Rang
     let units = vocab_size.div_ceil(VOCAB_UNIT);
     let end = |rank: usize| (units * rank / size * VOCAB_UNIT).min(vocab_size);
     end(rank)..end(rank + 1)
+}
+
+/// Rows or columns of a weight, by the name of its tensor without its last part.
+pub(crate) struct Slice<'a> {
+    pub(crate) name: &'a str,
+    /// All if absent.
+    rows: Option<&'a Range<usize>>,
+    pub(crate) cols: Option<&'a Range<usize>>,
+}
+
+impl<'a> Slice<'a> {
+    pub(crate) const fn rows(name: &'a str, rows: &'a Range<usize>) -> Self {
+        Self { name, rows: Some(rows), cols: None }
+    }
+
+    pub(crate) const fn cols(name: &'a str, cols: &'a Range<usize>) -> Self {
+        Self { name, rows: None, cols: Some(cols) }
+    }
+
+    pub(crate) fn rows_of(&self, tensor: &Tensor<'_>) -> Range<usize> {
+        self.rows.cloned().unwrap_or(0..tensor.rows())
+    }
+
+    pub(crate) fn cols_of(&self, tensor: &Tensor<'_>) -> Range<usize> {
+        self.cols.cloned().unwrap_or(0..tensor.cols())
+    }
 }
 
 #[cfg(test)]

@@ -145,10 +145,9 @@ impl Tensor<'_> {
         &self.data[start..start + row_bytes]
     }
 
-    /// A vector (norm weight, bias) in natural order as f32; `None` for a matrix or a quantised type.
-    pub fn to_f32_vector(&self) -> Option<Vec<f32>> {
-        let [len] = self.shape[..] else { return None };
-        let in_file_order: Vec<f32> = match self.dtype {
+    /// All values in the order of the file as f32; `None` for a quantised type.
+    pub fn to_f32_values(&self) -> Option<Vec<f32>> {
+        Some(match self.dtype {
             DType::F32 => self.data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
             DType::F16 => {
                 self.data.as_chunks().0.iter().map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect()
@@ -157,7 +156,13 @@ impl Tensor<'_> {
                 self.data.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect()
             }
             _ => return None,
-        };
+        })
+    }
+
+    /// A vector (norm weight, bias) in natural order as f32; `None` for a matrix or a quantised type.
+    pub fn to_f32_vector(&self) -> Option<Vec<f32>> {
+        let [len] = self.shape[..] else { return None };
+        let in_file_order = self.to_f32_values()?;
         Some((0..len).map(|element| in_file_order[self.row_order.file_row(element)]).collect())
     }
 }

@@ -15,7 +15,7 @@ use super::weight::{BlockKind, Format, Scratch, Weight};
 use super::{CudaLlama, CudaLlamaOptions, JoinedLogits, Layer, PARTIAL_BYTES, Workspace};
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::shard::{Shard, Share, TensorParallel, vocab_rows};
+use crate::shard::{Shard, Share, Slice, TensorParallel, vocab_rows};
 use crate::weights::{RowOrder, Tensor, WeightSource};
 
 /// Values that are converted before they go over together.
@@ -64,7 +64,7 @@ impl CudaLlama {
             rank: options.shard.rank,
         };
         // The embedding's rows are read one by one, and the LM head is often the same matrix: both are bf16.
-        let vocab = |tensor: &str| loader.bf16(&[Part::rows(tensor, &share.vocab)]);
+        let vocab = |tensor: &str| loader.bf16(&[Slice::rows(tensor, &share.vocab)]);
         let embedding = vocab("model.embed_tokens")?;
         let lm_head = (!config.tie_word_embeddings).then(|| vocab("lm_head")).transpose()?;
         let layers: Vec<Layer> =
@@ -124,24 +124,6 @@ fn check_shape(name: &str, config: &ModelConfig) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Rows or columns of a weight, by the name of its tensor without its last part.
-struct Part<'a> {
-    name: &'a str,
-    /// All if absent.
-    rows: Option<&'a Range<usize>>,
-    cols: Option<&'a Range<usize>>,
-}
-
-impl<'a> Part<'a> {
-    const fn rows(name: &'a str, rows: &'a Range<usize>) -> Self {
-        Self { name, rows: Some(rows), cols: None }
-    }
-
-    const fn cols(name: &'a str, cols: &'a Range<usize>) -> Self {
-        Self { name, rows: None, cols: Some(cols) }
-    }
-}
-
 struct Loader<'a> {
     runner: &'a Runner,
     cuda: &'a Cuda,
@@ -159,12 +141,12 @@ impl Loader<'_> {
         let in_layer = |part: &str| format!("model.layers.{index}.{part}");
         let column_parallel = |parts: &[(&str, &Range<usize>)]| {
             let names: Vec<String> = parts.iter().map(|(part, _)| in_layer(part)).collect();
-            let parts: Vec<Part<'_>> =
-                names.iter().zip(parts).map(|(name, (_, rows))| Part::rows(name, rows)).collect();
+            let parts: Vec<Slice<'_>> =
+                names.iter().zip(parts).map(|(name, (_, rows))| Slice::rows(name, rows)).collect();
             self.linear(&parts)
         };
         let row_parallel = |part: &str, cols: &Range<usize>| {
-            let mut weight = self.linear(&[Part::cols(&in_layer(part), cols)])?;
+            let mut weight = self.linear(&[Slice::cols(&in_layer(part), cols)])?;
             // The ranks' results are summed: one of them has the bias.
             weight.bias = weight.bias.filter(|_| self.rank == 0);
             Ok::<_, CudaLoadError>(weight)
@@ -184,11 +166,11 @@ impl Loader<'_> {
 
     /// One linear layer from the tensors `{name}.weight` and, where they exist, `{name}.bias`, one below the other; in blocks where
     /// the file has all of them in one type of blocks.
-    fn linear(&self, parts: &[Part<'_>]) -> Result<Weight, CudaLoadError> {
+    fn linear(&self, parts: &[Slice<'_>]) -> Result<Weight, CudaLoadError> {
         let tensors = self.tensors(parts)?;
         let kinds = tensors.iter().map(|tensor| block_kind(tensor.dtype));
         let kind = kinds.reduce(|a, b| if a == b { a } else { None }).flatten();
-        let cols = cols_of(&parts[0], &tensors[0]);
+        let cols = parts[0].cols_of(&tensors[0]);
         match kind.filter(|_| cols.start.is_multiple_of(BLOCK) && cols.end.is_multiple_of(BLOCK)) {
             Some(kind) if !self.fp8 => self.blocks(parts, &tensors, kind),
             _ => {
@@ -201,20 +183,19 @@ impl Loader<'_> {
         }
     }
 
-    fn tensors(&self, parts: &[Part<'_>]) -> Result<Vec<Tensor<'_>>, ModelError> {
+    fn tensors(&self, parts: &[Slice<'_>]) -> Result<Vec<Tensor<'_>>, ModelError> {
         parts.iter().map(|part| self.weights.tensor(&format!("{}.weight", part.name))).collect()
     }
 
-    fn matrix<'t>(&self, part: &Part<'_>, tensor: &'t Tensor<'_>) -> Result<Matrix<'t>, ModelError> {
+    fn matrix<'t>(&self, part: &Slice<'_>, tensor: &'t Tensor<'_>) -> Result<Matrix<'t>, ModelError> {
         tensor.matrix().map_err(|error| ModelError::tensor(self.name, part.name, error.to_string()))
     }
 
     /// A layer in bf16, whatever the file has.
-    fn bf16(&self, parts: &[Part<'_>]) -> Result<Weight, CudaLoadError> {
+    fn bf16(&self, parts: &[Slice<'_>]) -> Result<Weight, CudaLoadError> {
         let tensors = self.tensors(parts)?;
-        let cols = cols_of(&parts[0], &tensors[0]);
-        let rows: Vec<Range<usize>> =
-            parts.iter().zip(&tensors).map(|(part, of)| rows_of(part, of)).collect();
+        let cols = parts[0].cols_of(&tensors[0]);
+        let rows: Vec<Range<usize>> = parts.iter().zip(&tensors).map(|(part, of)| part.rows_of(of)).collect();
         let out_features = rows.iter().map(Range::len).sum();
         let data = self.cuda.alloc(2 * out_features * cols.len())?;
         let mut at = 0;
@@ -230,12 +211,12 @@ impl Loader<'_> {
     /// A layer in a type of blocks, these taken apart.
     fn blocks(
         &self,
-        parts: &[Part<'_>],
+        parts: &[Slice<'_>],
         tensors: &[Tensor<'_>],
         kind: BlockKind,
     ) -> Result<Weight, CudaLoadError> {
-        let cols = cols_of(&parts[0], &tensors[0]);
-        let rows: Vec<Range<usize>> = parts.iter().zip(tensors).map(|(part, of)| rows_of(part, of)).collect();
+        let cols = parts[0].cols_of(&tensors[0]);
+        let rows: Vec<Range<usize>> = parts.iter().zip(tensors).map(|(part, of)| part.rows_of(of)).collect();
         let out_features: usize = rows.iter().map(Range::len).sum();
         let num_blocks = out_features * cols.len() / BLOCK;
         let (head, value_bytes) = kind.layout();
@@ -300,7 +281,7 @@ impl Loader<'_> {
     /// The biases of all parts, zero where a part has none; none if no part has one.
     fn biases(
         &self,
-        parts: &[Part<'_>],
+        parts: &[Slice<'_>],
         rows: impl Fn(usize) -> Range<usize>,
     ) -> Result<Option<DeviceBuffer>, CudaLoadError> {
         let names: Vec<String> = parts.iter().map(|part| format!("{}.bias", part.name)).collect();
@@ -379,14 +360,6 @@ fn block_kind(dtype: DType) -> Option<BlockKind> {
         DType::Q4_1 => Some(BlockKind::Q4_1),
         DType::F32 | DType::F16 | DType::Bf16 => None,
     }
-}
-
-fn rows_of(part: &Part<'_>, tensor: &Tensor<'_>) -> Range<usize> {
-    part.rows.cloned().unwrap_or(0..tensor.rows())
-}
-
-fn cols_of(part: &Part<'_>, tensor: &Tensor<'_>) -> Range<usize> {
-    part.cols.cloned().unwrap_or(0..tensor.cols())
 }
 
 impl Layer {

@@ -100,7 +100,15 @@ fn check_unsupported(object: &Object) -> Result<(), ModelError> {
     for field in ["quantization_config", "compression_config"] {
         if let Some(quantization) = object.object(field)? {
             let method = quantization.text("quant_method")?.unwrap_or("without quant_method");
-            return Err(object.unsupported(&format!("{field}.quant_method"), method));
+            // What of them cannot be used, the shapes of their scales tell.
+            let is_fp8 = match method {
+                "fp8" => true,
+                "compressed-tensors" => quantization.text("format")? == Some("float-quantized"),
+                _ => false,
+            };
+            if !is_fp8 {
+                return Err(object.unsupported(&format!("{field}.quant_method"), method));
+            }
         }
     }
     let activation = object.text("hidden_act")?.unwrap_or("silu");

@@ -131,12 +131,18 @@ fn other_networks_are_refused_by_name() {
     assert_eq!(refusal(r#"{"hidden_act": "gelu"}"#), "config.json: hidden_act gelu is not supported");
     assert_eq!(refusal(r#"{"sliding_window": 4096}"#), "config.json: sliding_window 4096 is not supported");
     assert!(config(r#"{"sliding_window": 4096, "use_sliding_window": false}"#).is_ok());
-    for method in ["gptq", "awq", "bitsandbytes", "fp8"] {
+    for method in ["gptq", "awq", "bitsandbytes", "compressed-tensors"] {
         let changes = format!(r#"{{"quantization_config": {{"quant_method": "{method}", "bits": 4}}}}"#);
         assert_eq!(
             refusal(&changes),
             format!("config.json: quantization_config.quant_method {method} is not supported")
         );
+    }
+    for fp8 in [
+        r#"{"quant_method": "fp8", "activation_scheme": "static"}"#,
+        r#"{"quant_method": "compressed-tensors", "format": "float-quantized"}"#,
+    ] {
+        assert!(config(&format!(r#"{{"quantization_config": {fp8}}}"#)).is_ok(), "{fp8}");
     }
     assert!(refusal(r#"{"model_type": null}"#).contains("model_type: is missing"));
 }

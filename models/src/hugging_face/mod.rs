@@ -1,6 +1,7 @@
 //! Models in the layout of a Hugging Face repository: a folder of JSON files beside safetensors.
 
 mod config;
+mod fp8;
 mod side_files;
 mod weights;
 

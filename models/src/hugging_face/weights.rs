@@ -1,5 +1,6 @@
 //! Weights in one `model.safetensors`, or in shards that `model.safetensors.index.json` lists.
 
+use super::fp8::{SCALE, Scales, to_bf16};
 use crate::error::{ModelError, printable};
 use crate::json::Object;
 use crate::safetensors::SafetensorsFile;
@@ -27,7 +28,10 @@ struct SafetensorsWeights {
 #[derive(Debug)]
 struct Place {
     shard_idx: usize,
+    /// As it is handed out.
     info: TensorInfo,
+    /// Of a matrix that lies there in e4m3.
+    scales: Option<Scales>,
 }
 
 /// Opens the single file if there is one, else the shards.
@@ -36,6 +40,7 @@ pub(crate) fn open(folder: &Path) -> Result<Box<dyn WeightSource>, ModelError> {
     let mut weights = SafetensorsWeights { shards: Vec::new(), tensors: BTreeMap::new() };
     if single.is_file() {
         weights.add(SafetensorsFile::open(&single)?)?;
+        weights.find_scales()?;
         return Ok(Box::new(weights));
     }
     let index = Object::read(&folder.join(INDEX), MAX_INDEX_BYTES)?;
@@ -54,7 +59,10 @@ pub(crate) fn open(folder: &Path) -> Result<Box<dyn WeightSource>, ModelError> {
     }
     match weight_map.keys().find(|name| !weights.tensors.contains_key(*name)) {
         Some(name) => Err(ModelError::tensor(&index.file, name, "is not in the shard that the index names")),
-        None => Ok(Box::new(weights)),
+        None => {
+            weights.find_scales()?;
+            Ok(Box::new(weights))
+        }
     }
 }
 
@@ -67,15 +75,41 @@ impl SafetensorsWeights {
                 "F32" => DType::F32,
                 "F16" => DType::F16,
                 "BF16" => DType::Bf16,
+                // It becomes that when it is asked for.
+                "F8_E4M3" => DType::Bf16,
                 other => return refuse(format!("type {other} is not supported")),
             };
             let info = TensorInfo { dtype, shape: stored.shape.to_vec(), row_order: RowOrder::Natural };
-            let place = Place { shard_idx: self.shards.len(), info };
+            let place = Place { shard_idx: self.shards.len(), info, scales: None };
             if self.tensors.insert(name.to_owned(), place).is_some() {
                 return refuse("is in two shards".into());
             }
         }
         self.shards.push(shard);
+        Ok(())
+    }
+
+    /// Gives matrices in e4m3 their scales, and takes these away: nobody else asks for them.
+    fn find_scales(&mut self) -> Result<(), ModelError> {
+        let stored = |weights: &Self, name: &str| {
+            let place = weights.tensors.get(name)?;
+            weights.shards[place.shard_idx].get(name).map(|stored| stored.dtype == "F8_E4M3")
+        };
+        let names: Vec<String> =
+            self.tensors.keys().filter(|name| stored(self, name) == Some(true)).cloned().collect();
+        for name in &names {
+            let scale_name = format!("{name}{SCALE}");
+            let refuse = |reason: String| ModelError::tensor("safetensors", name, reason);
+            let scale = self.tensor(&scale_name).map_err(|_| refuse("is F8_E4M3 and has no scale".into()))?;
+            let values =
+                scale.to_f32_values().ok_or_else(|| refuse("has a scale of no type of floats".into()))?;
+            let shape = &self.tensors[name].info.shape;
+            let scales = Scales::new(shape, values, &scale.shape).map_err(refuse)?;
+            self.tensors.get_mut(name).expect("it was just found").scales = Some(scales);
+        }
+        if !names.is_empty() {
+            self.tensors.retain(|name, _| !name.ends_with(SCALE));
+        }
         Ok(())
     }
 
@@ -93,12 +127,12 @@ impl WeightSource for SafetensorsWeights {
 
     fn tensor(&self, name: &str) -> Result<Tensor<'_>, ModelError> {
         let (info, data) = self.find(name)?;
-        Ok(Tensor {
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            data: Cow::Borrowed(data),
-            row_order: info.row_order,
-        })
+        let scales = self.tensors.get(name).and_then(|place| place.scales.as_ref());
+        let data = match scales {
+            Some(scales) => Cow::Owned(to_bf16(data, info.shape.last().copied().unwrap_or(1), scales)),
+            None => Cow::Borrowed(data),
+        };
+        Ok(Tensor { dtype: info.dtype, shape: info.shape.clone(), data, row_order: info.row_order })
     }
 
     fn names(&self) -> Vec<&str> {
@@ -106,7 +140,12 @@ impl WeightSource for SafetensorsWeights {
     }
 
     fn sample(&self, name: &str) -> Result<Vec<u8>, ModelError> {
-        self.find(name).map(|(_, data)| spread(data))
+        let (_, data) = self.find(name)?;
+        let mut sample = spread(data);
+        if let Some(scales) = &self.tensors[name].scales {
+            sample.extend(scales.sample());
+        }
+        Ok(sample)
     }
 }
 

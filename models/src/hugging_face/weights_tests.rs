@@ -101,7 +101,7 @@ fn links_may_lead_to_the_hub_cache_and_nowhere_else() {
 
 #[test]
 fn types_the_network_can_not_use_are_refused_by_name() {
-    for dtype in ["F8_E4M3", "I8", "U8"] {
+    for dtype in ["F8_E5M2", "I8", "U8"] {
         let folder = TestFolder::new();
         folder.write(
             SINGLE,
@@ -112,4 +112,48 @@ fn types_the_network_can_not_use_are_refused_by_name() {
         );
         assert!(refusal(&folder).ends_with(&format!("tensor w: type {dtype} is not supported")));
     }
+}
+
+/// Two matrices in e4m3, one with a scale and one with a scale for each row, and what else such checkpoints have.
+fn fp8_file(scale_of_b: &str) -> Vec<u8> {
+    let header = format!(
+        r#"{{"a.weight":{{"dtype":"F8_E4M3","shape":[1,2],"data_offsets":[0,2]}},
+            "a.weight_scale":{{"dtype":"BF16","shape":[],"data_offsets":[2,4]}},
+            "a.input_scale":{{"dtype":"BF16","shape":[1],"data_offsets":[4,6]}},
+            "b.weight":{{"dtype":"F8_E4M3","shape":[2,2],"data_offsets":[6,10]}},
+            "b.weight{scale_of_b}":{{"dtype":"F32","shape":[2,1],"data_offsets":[10,18]}},
+            "norm":{{"dtype":"BF16","shape":[1],"data_offsets":[18,20]}}}}"#
+    );
+    let data = [
+        &[0x38, 0xc0][..],
+        &half::bf16::from_f32(0.5).to_le_bytes(),
+        &half::bf16::from_f32(9.0).to_le_bytes(),
+        &[0x38, 0x40, 0x30, 0xb8],
+        &0.25f32.to_le_bytes(),
+        &2.0f32.to_le_bytes(),
+        &half::bf16::from_f32(7.0).to_le_bytes(),
+    ];
+    file_bytes(&header, &data.concat())
+}
+
+#[test]
+fn matrices_in_fp8_are_handed_out_in_bf16() {
+    let folder = TestFolder::new();
+    folder.write(SINGLE, fp8_file("_scale"));
+    let weights = open(folder.path()).unwrap();
+    assert_eq!(weights.names(), ["a.weight", "b.weight", "norm"]);
+    let values = |name: &str| weights.tensor(name).unwrap().to_f32_values().unwrap();
+    assert_eq!(values("a.weight"), [0.5, -1.0]);
+    assert_eq!(values("b.weight"), [0.25, 0.5, 1.0, -2.0]);
+    assert_eq!(weights.info("b.weight").unwrap().dtype, DType::Bf16);
+    // The scale is part of what tells a model from another.
+    assert_eq!(weights.sample("a.weight").unwrap().len(), 2 + 4);
+    assert_eq!(weights.sample("b.weight").unwrap().len(), 4 + 8);
+
+    folder.write(SINGLE, fp8_file("_other"));
+    assert!(
+        refusal(&folder).contains("tensor b.weight: is F8_E4M3 and has no scale"),
+        "{}",
+        refusal(&folder)
+    );
 }

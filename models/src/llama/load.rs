@@ -12,7 +12,7 @@ use tandem_kernels::{Activations, KernelError};
 use super::{Exchange, Inputs, Layer, Llama, LlamaOptions, Workspace};
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::shard::{Shard, Share, TensorParallel};
+use crate::shard::{Shard, Share, Slice, TensorParallel};
 use crate::weights::{RowOrder, Tensor, WeightSource};
 
 /// What loading a model, or a rank's share of it, came to.
@@ -61,24 +61,6 @@ impl Llama {
         let config = share.config(&config);
         let work = Workspace::new(&config, &share, &options, cpu.threads());
         Ok(Self { config, options, share, loaded, embedding, layers, norm, lm_head, work })
-    }
-}
-
-/// Rows or columns of a weight, by the name of its tensor without its last part.
-struct Slice<'a> {
-    name: &'a str,
-    /// All if absent.
-    rows: Option<&'a Range<usize>>,
-    cols: Option<&'a Range<usize>>,
-}
-
-impl<'a> Slice<'a> {
-    const fn rows(name: &'a str, rows: &'a Range<usize>) -> Self {
-        Self { name, rows: Some(rows), cols: None }
-    }
-
-    const fn cols(name: &'a str, cols: &'a Range<usize>) -> Self {
-        Self { name, rows: None, cols: Some(cols) }
     }
 }
 
@@ -156,8 +138,8 @@ impl Loader<'_> {
         let name = slice.name;
         let weight = self.weights.tensor(&format!("{name}.weight"))?;
         let order = weight.row_order;
-        let rows = slice.rows.cloned().unwrap_or(0..weight.rows());
-        let cols = slice.cols.cloned().unwrap_or(0..weight.cols());
+        let rows = slice.rows_of(&weight);
+        let cols = slice.cols_of(&weight);
         // The bias of a sum over ranks is nobody's share.
         let is_sum_of_ranks = slice.cols.is_some() && self.shard.size > 1;
         let bias = match self.bias(name)? {
