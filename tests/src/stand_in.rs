@@ -1,6 +1,7 @@
 //! A GPU that is none: NVIDIA's libraries replaced by ones that run everything, kernels too, on the CPU. The binary under test does
 //! not know.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Once;
@@ -28,7 +29,7 @@ fn variables(num_gpus: usize, memory: u64) -> Vec<(String, String)> {
     let folders =
         [Stub::Driver, Stub::Nvrtc, Stub::CublasLt, Stub::NcclProcesses, Stub::Nvml].map(Stub::folder);
     let libraries = std::env::join_paths(folders).expect("folders without colons");
-    let header = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels/cu/emulate.h");
+    let header = emulation();
     [
         ("LD_LIBRARY_PATH", libraries.to_str().expect("UTF-8").to_owned()),
         ("STUB_EMULATE", header.to_str().expect("UTF-8").to_owned()),
@@ -38,6 +39,38 @@ fn variables(num_gpus: usize, memory: u64) -> Vec<(String, String)> {
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
+}
+
+/// As [`environment`], for a GPU that computes norms a little wrong: `dir` gets kernels of its own for it.
+pub fn wrong_environment(dir: &Path, memory: u64) -> Vec<(String, String)> {
+    let mut environment = environment(1, memory);
+    let copies = dir.join("kernels");
+    fs::create_dir_all(&copies).expect("a folder");
+    for entry in fs::read_dir(kernel_cache().join("kernels")).expect("compiled kernels") {
+        let entry = entry.expect("a file");
+        let name = entry.file_name();
+        let stays = !["norm-", "checked-"].iter().any(|start| name.to_string_lossy().starts_with(start));
+        if stays {
+            fs::copy(entry.path(), copies.join(name)).expect("room for kernels");
+        }
+    }
+    let header = fs::read_to_string(emulation()).expect("the header");
+    let wrong = header.replace("1.0f / sqrtf(x)", "1.02f / sqrtf(x)");
+    assert_ne!(header, wrong);
+    let wrong_header = dir.join("emulate.h");
+    fs::write(&wrong_header, wrong).expect("room for a header");
+    for (name, value) in &mut environment {
+        match name.as_str() {
+            "STUB_EMULATE" => wrong_header.to_str().expect("UTF-8").clone_into(value),
+            "TANDEM_CACHE_DIR" => dir.to_str().expect("UTF-8").clone_into(value),
+            _ => {}
+        }
+    }
+    environment
+}
+
+fn emulation() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels/cu/emulate.h")
 }
 
 fn kernel_cache() -> PathBuf {

@@ -242,6 +242,21 @@ fn without_a_gpu_the_cpu_computes_or_the_reason_is_told() {
 }
 
 #[test]
+fn a_gpu_that_computes_wrong_is_refused() {
+    let _turn = turn();
+    let (model, dir) = (golden_path("dummy-d64"), tempfile::tempdir().expect("a folder"));
+    let all = [&[model.to_str().expect("UTF-8"), "--device", "cuda"][..], &SMALL].concat();
+    let environment = stand_in::wrong_environment(dir.path(), MEMORY);
+    for _ in 0..2 {
+        let mut server = Server::spawn_with(&all, &environment);
+        let status = server.wait(Duration::from_secs(300));
+        assert!(status.code().is_some_and(|code| code != 0), "{status}: {}", server.output());
+        let output = server.output();
+        assert!(output.contains("checks of kernels fail") && output.contains("norm"), "{output}");
+    }
+}
+
+#[test]
 fn what_would_compute_is_told_beforehand() {
     let model = golden_path("dummy-d64");
     let says = |environment: &[(String, String)]| {

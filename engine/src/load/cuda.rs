@@ -2,7 +2,8 @@
 
 use tandem_kernels::comm::Nccl;
 use tandem_kernels::cuda::{
-    self, Cuda, DeviceInfo, DeviceLauncher, KernelCache, Runner, Target, Unavailable, launcher::KvType,
+    self, Cuda, DeviceInfo, DeviceLauncher, KernelCache, Origin, Runner, Target, Unavailable,
+    launcher::KvType,
 };
 use tandem_kernels::limits::Limits;
 use tandem_kernels::{Activations, KvDType};
@@ -179,7 +180,13 @@ impl Inspected {
     ) -> Result<(CudaStep, EnginePlan, u64), LoadError> {
         let before = self.plan_cuda(device, options, shard.size)?;
         let cuda = Cuda::open(device.info.ordinal).map_err(CudaLoadError::from)?;
-        let runner = Runner::load(&cuda, &KernelCache::from_env()).map_err(CudaLoadError::from)?;
+        let cache = KernelCache::from_env();
+        let runner = Runner::load(&cuda, &cache).map_err(CudaLoadError::from)?;
+        // No answer is better than a wrong one.
+        let checked = cuda::check::check_once(&runner, &cache).map_err(CudaLoadError::from)?;
+        if checked != Origin::Cache {
+            tracing::info!(gpu = %device.info.name, "kernels were checked on this GPU, and compute what they should");
+        }
         let llama_options = CudaLlamaOptions {
             max_tokens: options.max_num_batched_tokens,
             max_seqs: options.max_num_seqs,

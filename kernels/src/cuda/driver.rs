@@ -151,7 +151,7 @@ fn start_driver() -> Result<(), Unavailable> {
 }
 
 /// The newest CUDA that the driver supports, as `1000 · major + 10 · minor`.
-fn driver_version() -> Result<i32, Unavailable> {
+pub(super) fn driver_version() -> Result<i32, Unavailable> {
     let mut version = 0;
     // SAFETY: the function exists, as `start_driver` found, and writes one integer.
     let result = unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version) }.result();

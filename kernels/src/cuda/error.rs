@@ -41,6 +41,11 @@ pub enum CudaError {
     Gemm { call: &'static str, shape: String, code: String },
     #[error("cuBLASLt has no algorithm for {shape} on this GPU")]
     NoGemm { shape: String },
+    #[error(
+        "{failed} of {checks} checks of kernels fail on this {gpu}, which would answer wrong (all: `tandem kernels --check`; \
+         `--device cpu` serves without it): {first}"
+    )]
+    WrongResults { gpu: String, failed: usize, checks: usize, first: String },
 }
 
 impl CudaError {

@@ -9,10 +9,13 @@ mod collective;
 mod columns;
 mod elementwise;
 mod linear;
+mod once;
 mod random;
 mod sampling;
 
 use half::{bf16, f16};
+
+pub use once::check_once;
 
 use super::launcher::{Address, Launch, Launcher};
 use random::Random;
