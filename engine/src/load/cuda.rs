@@ -179,9 +179,9 @@ impl Inspected {
         shard: Shard,
     ) -> Result<(CudaStep, EnginePlan, u64), LoadError> {
         let before = self.plan_cuda(device, options, shard.size)?;
-        let cuda = Cuda::open(device.info.ordinal).map_err(CudaLoadError::from)?;
         let cache = KernelCache::from_env();
-        let runner = Runner::load(&cuda, &cache).map_err(CudaLoadError::from)?;
+        let runner = open(device.info.ordinal, &cache)?;
+        let cuda = runner.cuda().clone();
         // No answer is better than a wrong one.
         let checked = cuda::check::check_once(&runner, &cache).map_err(CudaLoadError::from)?;
         if checked != Origin::Cache {
@@ -279,10 +279,15 @@ impl Inspected {
     }
 }
 
+/// GPU `ordinal` with all kernels.
+fn open(ordinal: usize, cache: &KernelCache) -> Result<Runner, CudaLoadError> {
+    let cuda = Cuda::open(ordinal)?;
+    Ok(Runner::load(&cuda, cache)?)
+}
+
 /// What a GPU can do at most.
 pub(super) fn measure_limits(device: &ChosenDevice) -> Result<Limits, LoadError> {
-    let cuda = Cuda::open(device.info.ordinal).map_err(CudaLoadError::from)?;
-    let runner = Runner::load(&cuda, &KernelCache::from_env()).map_err(CudaLoadError::from)?;
+    let runner = open(device.info.ordinal, &KernelCache::from_env())?;
     Ok(cuda::limits::measure(&runner).map_err(CudaLoadError::from)?)
 }
 
@@ -299,9 +304,6 @@ pub fn compile_kernels(arch: &str) -> Result<usize, LoadError> {
     Ok(cuda::fill_cache(&KernelCache::from_env(), target).map_err(CudaLoadError::from)?)
 }
 
-/// Inputs of the checks are drawn from it.
-const CHECK_SEED: u64 = 1;
-
 /// What the check of one kernel came to.
 #[derive(Debug, Clone)]
 pub struct KernelCheck {
@@ -316,9 +318,8 @@ pub struct KernelCheck {
 /// # Errors
 /// [`LoadError::Cuda`] if there is no GPU or nothing runs on it.
 pub fn check_kernels(mut seen: impl FnMut(KernelCheck)) -> Result<(), LoadError> {
-    let cuda = Cuda::open(0).map_err(CudaLoadError::from)?;
-    let runner = Runner::load(&cuda, &KernelCache::from_env()).map_err(CudaLoadError::from)?;
-    cuda::check::check_all(&mut DeviceLauncher::new(&runner), CHECK_SEED, |result| {
+    let runner = open(0, &KernelCache::from_env())?;
+    cuda::check::check_all(&mut DeviceLauncher::new(&runner), cuda::check::SEED, |result| {
         let outcome = match &result.failure {
             None => format!("ok, relative error {:.1e}", result.error),
             Some(reason) => format!("FAILED: {reason}"),

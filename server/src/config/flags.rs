@@ -115,8 +115,8 @@ pub(super) struct ModelOptions {
     /// Type of random weights [default: as --quantization or --dtype, else bf16]
     #[arg(long, value_name = "TYPE", ignore_case = true, help_heading = MODEL)]
     pub(super) dummy_weights: Option<WeightType>,
-    /// Round weights in BF16, F16 or F32 (linear layers, embedding, LM head) to this type while loading [default: leave
-    /// them as they are]
+    /// Round weights in BF16, F16 or F32 (linear layers, embedding, LM head) to this type while loading; fp8 is for GPUs, and
+    /// for layers alone [default: leave them as they are]
     #[arg(long, value_name = "TYPE", ignore_case = true, help_heading = MODEL)]
     pub(super) quantization: Option<Quantization>,
     /// Type of unquantised weights; f32 means weights, activations and KV
@@ -162,7 +162,7 @@ pub(super) struct MemoryFlags {
     /// Share of a GPU's memory for weights, KV and workspace together
     #[arg(long, value_name = "SHARE", default_value = "0.9", value_parser = share, help_heading = MEMORY)]
     pub(super) gpu_memory_utilization: f64,
-    /// Type of KV; auto is f32 with --dtype f32, else bf16
+    /// Type of KV: a GPU takes bf16 and fp8, a CPU all but fp8; auto is f32 with --dtype f32, else bf16
     #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = MEMORY)]
     pub(super) kv_cache_dtype: KvCacheDtype,
     /// Tokens in one KV block; only 16 is possible

@@ -15,7 +15,7 @@ mod sampling;
 
 use half::{bf16, f16};
 
-pub use once::check_once;
+pub use once::{SEED, check_once};
 
 use super::launcher::{Address, Launch, Launcher};
 use random::Random;

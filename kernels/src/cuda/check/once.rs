@@ -4,8 +4,8 @@ use super::super::sources::{PRELUDE, SOURCES};
 use super::super::{CacheKey, Cuda, CudaError, DeviceLauncher, KernelCache, Origin, Runner, driver};
 use super::check_all;
 
-/// Inputs are drawn from it.
-const SEED: u64 = 1;
+/// Inputs of checks outside tests are drawn from it.
+pub const SEED: u64 = 1;
 
 /// What the cache keeps of checks that passed.
 const PASSED: &[u8] = b"passed";
