@@ -94,18 +94,37 @@ template <int D, class Kv>
 DEVICE void attend(bf16* out, float* partial_acc, float* partial_max, float* partial_sum, const bf16* qkv,
                    const Kv* k_cache, const Kv* v_cache, const int* cu_seqlens, const int* context_lens,
                    const int* block_tables, const Shape& shape, float* shared) {
-    wait_for_previous_launch();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int split = blockIdx.x % shape.num_splits, first_row = blockIdx.x / shape.num_splits * ROWS;
     const int kv_head = blockIdx.y, sequence = blockIdx.z;
+    // The step's arrays are there before its first launch, and reading one after the other takes longer than a short
+    // context does.
     const int first_token = cu_seqlens[sequence], num_tokens = cu_seqlens[sequence + 1] - first_token;
     const int group = shape.num_heads / shape.num_kv_heads;
-    if (first_row >= num_tokens * group) return;
     const int context_len = context_lens[sequence], length = context_len + num_tokens;
-    const int num_blocks = divide_up(length, BLOCK_SIZE), per_split = divide_up(num_blocks, shape.num_splits);
+    // Every warp of a split has a block before there is another split.
+    const int num_blocks = divide_up(length, BLOCK_SIZE);
+    const int per_split = max_of(divide_up(num_blocks, shape.num_splits), shape.num_splits > 1 ? WARPS : 0);
     const int end = min_of((split + 1) * per_split, num_blocks);
     const int* table = block_tables + static_cast<size_t>(sequence) * shape.table_stride;
     const size_t width = static_cast<size_t>(shape.num_heads + 2 * shape.num_kv_heads) * D;
+    int block = split * per_split + warp;
+    // Ids of blocks are read two turns ahead, keys one, and values at the start of their turn: something is always on its
+    // way while something else is multiplied.
+    int id = block < end ? table[block] : 0, next_id = block + WARPS < end ? table[block + WARPS] : 0;
+    wait_for_previous_launch();
+    if (first_row >= num_tokens * group) return;
+    // Partial results are those of the sequences at hand, wherever these begin in the step.
+    const auto place_of = [&](int token, int head) {
+        const size_t of_token = static_cast<size_t>(token - cu_seqlens[0]) * shape.num_heads + head;
+        return of_token * shape.num_splits + split;
+    };
+    if (shape.num_splits > 1 && split * per_split >= num_blocks) {
+        const int row = first_row + static_cast<int>(threadIdx.x);
+        if (threadIdx.x < ROWS && row < num_tokens * group)
+            partial_max[place_of(first_token + row / group, kv_head * group + row % group)] = -infinity();
+        return;
+    }
 
     // Rows g and g + 8: their queries, and the last position each sees. Rows past the end repeat the last one.
     u32 q[D / 32][2][4];
@@ -129,13 +148,9 @@ DEVICE void attend(bf16* out, float* partial_acc, float* partial_max, float* par
     Partial<D> mine = {};
     mine.max[0] = mine.max[1] = -infinity();
     const float scale = shape.scale * LOG2_E;
-    int block = split * per_split + warp;
     const auto unit_of = [&](int id) {
         return (static_cast<size_t>(id) * shape.num_kv_heads + kv_head) * (BLOCK_SIZE * D);
     };
-    // Ids of blocks are read two turns ahead, keys one, and values at the start of their turn: something is always on its
-    // way while something else is multiplied.
-    int id = block < end ? table[block] : 0, next_id = block + WARPS < end ? table[block + WARPS] : 0;
     u32 k[2][D / 32][4];
     if (block < end) load_keys<D>(k, k_cache + unit_of(id), g, t);
     for (; block < end; block += WARPS) {
@@ -262,9 +277,7 @@ DEVICE void attend(bf16* out, float* partial_acc, float* partial_max, float* par
         }
         return;
     }
-    // Partial results are those of the sequences at hand, wherever these begin in the step.
-    const size_t of_token = static_cast<size_t>(token - cu_seqlens[0]) * shape.num_heads + head;
-    const size_t place = of_token * shape.num_splits + split;
+    const size_t place = place_of(token, head);
     if (part == 0) {
         partial_max[place] = max;
         partial_sum[place] = sum;
@@ -289,32 +302,48 @@ DECODE_KERNEL(attention_decode_bf16_d128, 128, bf16)
 DECODE_KERNEL(attention_decode_fp8_d64, 64, fp8)
 DECODE_KERNEL(attention_decode_fp8_d128, 128, fp8)
 
-// out bf16 [T, H·D] of the splits' partial results. Grid (tokens of the sequences, H), D / 8 threads rounded up to a warp;
-// tokens that belong to no sequence are left alone.
-KERNEL(attention_combine, 32, bf16* out, const float* partial_acc, const float* partial_max, const float* partial_sum,
+// out bf16 [T, H·D] of the splits' partial results, of which those without keys have a maximum of -∞. Grid (tokens of the
+// sequences, H); tokens that belong to no sequence are left alone. 8 values a thread: head_dim / 8 threads take every so
+// many-th split, and what they have is added in shared memory in the order of splits modulo that number.
+KERNEL(attention_combine, 128, bf16* out, const float* partial_acc, const float* partial_max, const float* partial_sum,
        const int* cu_seqlens, int num_sequences, int num_splits, int head_dim) {
-    wait_for_previous_launch();
+    __shared__ __align__(16) float accs[128 * 8];
+    __shared__ float sums[128];
     const int token = cu_seqlens[0] + static_cast<int>(blockIdx.x);
-    if (token >= cu_seqlens[num_sequences]) return;
-    const int d = threadIdx.x * 8;
-    if (d >= head_dim) return;
+    const bool is_token = token < cu_seqlens[num_sequences];
+    wait_for_previous_launch();
+    if (!is_token) return;
+    const int parts = head_dim / 8, groups = blockDim.x / parts;
+    const int part = threadIdx.x % parts, group = threadIdx.x / parts;
     const size_t at = static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y;
     float max = -infinity();
     for (int i = 0; i < num_splits; i++) max = max_of(max, partial_max[at * num_splits + i]);
     float sum = 0.0f, acc[8] = {};
-    for (int i = 0; i < num_splits; i++) {
+#pragma unroll 4
+    for (int i = group; i < num_splits; i += groups) {
         const size_t place = at * num_splits + i;
         if (partial_max[place] == -infinity()) continue;
         const float weight = exp2_fast(partial_max[place] - max);
         sum += weight * partial_sum[place];
         float x[8];
-        load_f32x8(x, partial_acc + place * head_dim + d);
+        load_f32x8(x, partial_acc + place * head_dim + 8 * part);
 #pragma unroll
         for (int j = 0; j < 8; j++) acc[j] += weight * x[j];
+    }
+    store_f32x8(accs + 8 * threadIdx.x, acc);
+    sums[threadIdx.x] = sum;
+    sync_block();
+    if (group > 0) return;
+    for (int other = 1; other < groups; other++) {
+        float x[8];
+        load_f32x8(x, accs + 8 * (other * parts + part));
+        sum += sums[other * parts + part];
+#pragma unroll
+        for (int j = 0; j < 8; j++) acc[j] += x[j];
     }
     const float inverse = 1.0f / sum;
 #pragma unroll
     for (int j = 0; j < 8; j++) acc[j] *= inverse;
     const size_t to = static_cast<size_t>(token) * gridDim.y + blockIdx.y;
-    store16(out + to * head_dim + d, pack8(acc));
+    store16(out + to * head_dim + 8 * part, pack8(acc));
 }

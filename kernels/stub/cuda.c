@@ -362,9 +362,21 @@ static void do_launch(void *data) {
     for (int i = 0; i < MAX_ARGS; i++) args[i] = &l->args[i];
     l->function->run(args, l->g);
 }
-int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void *s, void **args, void **extra) {
+typedef struct {
+    unsigned gx, gy, gz, bx, by, bz, shared;
+    void *stream;
+    struct { int id, pad; char value[64]; } *attributes;
+    unsigned nattributes;
+} LaunchConfig;
+int cuLaunchKernelEx(const LaunchConfig *config, void *function, void **args, void **extra) {
     NEED_CONTEXT;
+    unsigned gx = config->gx, gy = config->gy, gz = config->gz, bx = config->bx, by = config->by, bz = config->bz;
+    unsigned shared = config->shared;
+    // The only attribute lets a launch begin early, which one that does not is a special case of.
+    int major;
+    cuDeviceGetAttribute(&major, 75, 0);
+    for (unsigned i = 0; i < config->nattributes; i++)
+        if (config->attributes[i].id != 6 || major < 9) return INVALID_VALUE;
     Launch l = {function, {gx, gy, gz, bx, by, bz, shared}, 0, {0}};
     int allowed = l.function->dynamic ? l.function->dynamic : (48 << 10) - 1024;
     if (!gx || !gy || !gz || !bx || bx * by * bz > 1024 || (int)shared > allowed) return INVALID_VALUE;

@@ -1,5 +1,7 @@
 //! Which device computes, and loading on a GPU.
 
+use std::time::Instant;
+
 use tandem_kernels::comm::Nccl;
 use tandem_kernels::cuda::{
     self, Cuda, DeviceInfo, DeviceLauncher, KernelCache, Origin, Runner, Target, Unavailable,
@@ -180,13 +182,16 @@ impl Inspected {
     ) -> Result<(CudaStep, EnginePlan, u64), LoadError> {
         let before = self.plan_cuda(device, options, shard.size)?;
         let cache = KernelCache::from_env();
+        let mut phases = Phases::start();
         let runner = open(device.info.ordinal, &cache)?;
+        phases.end("opening the GPU and its kernels");
         let cuda = runner.cuda().clone();
         // No answer is better than a wrong one.
         let checked = cuda::check::check_once(&runner, &cache).map_err(CudaLoadError::from)?;
         if checked != Origin::Cache {
             tracing::info!(gpu = %device.info.name, "kernels were checked on this GPU, and compute what they should");
         }
+        phases.end("checking kernels");
         let llama_options = CudaLlamaOptions {
             max_tokens: options.max_num_batched_tokens,
             max_seqs: options.max_num_seqs,
@@ -199,7 +204,11 @@ impl Inspected {
         };
         let (name, config) = (self.info.name.clone(), self.files.config.clone());
         let mut model = CudaLlama::load(runner, &name, config, self.files.weights(), llama_options)?;
-        model.tune().map_err(CudaLoadError::from)?;
+        phases.end("weights");
+        for tuned in model.tune().map_err(CudaLoadError::from)? {
+            tracing::debug!(%tuned, "matrix product");
+        }
+        phases.end("choosing among matrix products");
         let step = CudaStep::new(make_cpu(&self.options)?, model, options.max_logits_rows());
         let step = step.map_err(CudaLoadError::from)?;
         let memory = cuda.memory().map_err(CudaLoadError::from)?;
@@ -231,8 +240,10 @@ impl Inspected {
             }
             plan => plan,
         };
+        let mut phases = Phases::start();
         step.model.allocate_kv(plan.num_blocks).map_err(CudaLoadError::from)?;
         step.model.record(None).map_err(|error| ExecutorError::fatal(error.to_string()))?;
+        phases.end("memory for KV, recording steps");
         let engine = self.engine_config(options, &plan);
         let config = &self.files.config;
         let backend = BackendInfo {
@@ -244,7 +255,7 @@ impl Inspected {
             activations: Activations::Bf16,
             layer_flops_per_token: config.layer_flops_per_token(),
             head_flops_per_row: config.head_flops_per_row(),
-            weight_bytes: step.model.weight_bytes(),
+            weight_bytes: step.model.bytes_per_step(),
             kv_bytes_per_token: plan.kv_bytes / plan.kv_tokens as u64,
         };
         Ok(Loaded { executor: Box::new(CudaExecutor::new(step)), config: engine, plan, backend })
@@ -262,7 +273,7 @@ impl Inspected {
     ) -> Result<LoadedShard, LoadError> {
         let (step, _, free_bytes) = self.load_on_device(device, options, shard)?;
         let max_blocks = plan::capacity(step.model.config(), self.kv_layout(), options, free_bytes);
-        let bytes = step.model.weight_bytes();
+        let bytes = step.model.bytes_per_step();
         let loaded = GroupLoaded { max_blocks, weight_bytes: bytes, read_bytes: bytes };
         let transport = device.transport();
         if transport == Transport::Host {
@@ -276,6 +287,23 @@ impl Inspected {
             max_logits_rows: options.max_logits_rows(),
             has_own_cores: false,
         })
+    }
+}
+
+/// Tells in the log where the time of a start goes.
+struct Phases {
+    since: Instant,
+}
+
+impl Phases {
+    fn start() -> Self {
+        Self { since: Instant::now() }
+    }
+
+    fn end(&mut self, phase: &str) {
+        let now = Instant::now();
+        tracing::debug!(phase, ms = (now - self.since).as_millis(), "loading");
+        self.since = now;
     }
 }
 

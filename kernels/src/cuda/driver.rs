@@ -75,7 +75,7 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuFuncGetAttribute",
     "cuFuncSetAttribute",
     "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-    "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventRecord",

@@ -63,12 +63,15 @@ pub struct LaunchShape {
     pub block: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Whether blocks may begin while the launch before still runs (compute capability 9.0 on). The kernel then has to wait for it
+    /// by itself, in every thread, before it reads or writes what others do: `griddepcontrol.wait`.
+    pub overlaps: bool,
 }
 
 impl LaunchShape {
     /// A row of `blocks` blocks of `threads` threads.
     pub const fn linear(blocks: u32, threads: u32) -> Self {
-        Self { grid: [blocks, 1, 1], block: [threads, 1, 1], shared_bytes: 0 }
+        Self { grid: [blocks, 1, 1], block: [threads, 1, 1], shared_bytes: 0, overlaps: false }
     }
 
     pub const fn with_shared(self, shared_bytes: u32) -> Self {
@@ -265,6 +268,7 @@ impl Kernel {
     /// # Safety
     /// `args` are the kernel's parameters in their number, order and types. Every address is of memory of this device that
     /// stays allocated until the launch is over (and a graph that holds it is gone), and covers what the kernel reads and writes.
+    /// A kernel that overlaps waits as [`LaunchShape::overlaps`] says.
     pub unsafe fn launch(&self, shape: LaunchShape, args: &[Arg]) -> Result<(), CudaError> {
         // SAFETY: this function's contract.
         unsafe { self.launch_words(shape, args.iter().map(|arg| arg.word())) }
@@ -310,12 +314,30 @@ impl Kernel {
         for (pointer, word) in pointers.iter_mut().zip(&mut words).take(num_args) {
             *pointer = (word as *mut u64).cast();
         }
-        let (grid, block) = ((x, y, z), (bx, by, bz));
-        let (shared, stream) = (shape.shared_bytes, cuda.cu_stream());
-        // SAFETY: the function is of the loaded module; the driver copies the arguments before it returns; the rest is this
-        // function's contract.
-        unsafe { result::launch_kernel(self.function, grid, block, shared, stream, &mut pointers) }
-            .map_err(|error| CudaError::kernel(&self.name, "cuLaunchKernel", error))
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: shape.shared_bytes,
+            hStream: cuda.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(shape.overlaps),
+        };
+        // SAFETY: the function is of the loaded module; the driver copies configuration and arguments before it returns; the rest
+        // is this function's contract.
+        unsafe {
+            sys::cuLaunchKernelEx(&raw const config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+        .map_err(|error| CudaError::kernel(&self.name, "cuLaunchKernelEx", error))
     }
 }
 

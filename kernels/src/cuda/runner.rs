@@ -46,6 +46,8 @@ impl Runner {
             grid: launch.grid,
             block: [launch.threads, 1, 1],
             shared_bytes: launch.shared_bytes,
+            // All of the project's kernels wait by themselves, which the emulator checks.
+            overlaps: self.cuda.info().capability >= (9, 0),
         };
         let words = launch.args().iter().map(|arg| arg.bits());
         // SAFETY: the launcher's functions give every kernel its parameters, which the emulator compares with the source; for the

@@ -70,13 +70,6 @@ impl CudaLlama {
         let layers: Vec<Layer> =
             (0..config.num_layers).map(|index| loader.layer(index, &share)).collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight")?;
-        let weight_bytes = layers
-            .iter()
-            .flat_map(Layer::weights)
-            .chain([&embedding])
-            .chain(&lm_head)
-            .map(Weight::bytes)
-            .sum();
         let rope = rope_tables(&runner, &config, options.max_model_len)?;
         let config = share.config(&config);
         let work = Workspace::new(runner.cuda(), &config, options)?;
@@ -97,7 +90,6 @@ impl CudaLlama {
             scratch,
             kv: None,
             graphs: HashMap::new(),
-            weight_bytes,
         })
     }
 }
@@ -363,7 +355,7 @@ fn block_kind(dtype: DType) -> Option<BlockKind> {
 }
 
 impl Layer {
-    fn weights(&self) -> [&Weight; 4] {
+    pub(super) fn weights(&self) -> [&Weight; 4] {
         [&self.qkv, &self.attention_output, &self.gate_up, &self.down]
     }
 }

@@ -18,7 +18,7 @@ use tandem_kernels::cuda::launcher::{
     self, Address, ColumnParts, Heads, KvCache, KvType, MAX_GEMV_TOKENS, Norm, RopeTables, Splits,
 };
 use tandem_kernels::cuda::{
-    CudaError, DeviceBuffer, DeviceSlice, GRAPH_BUCKETS, Gemm, Graph, Runner, bucket_of,
+    CudaError, DeviceBuffer, DeviceSlice, GRAPH_BUCKETS, Gemm, Graph, Runner, TunedGemm, bucket_of,
 };
 
 use self::step::StepArrays;
@@ -72,7 +72,6 @@ pub struct CudaLlama {
     kv: Option<KvPool>,
     /// By bucket.
     graphs: HashMap<usize, Graph>,
-    weight_bytes: u64,
 }
 
 /// Weights of one decoder layer.
@@ -169,9 +168,10 @@ impl CudaLlama {
         &self.runner
     }
 
-    /// Bytes of weights on the device.
-    pub fn weight_bytes(&self) -> u64 {
-        self.weight_bytes
+    /// Bytes of weights that a step for one token reads: all linear layers and the LM head.
+    pub fn bytes_per_step(&self) -> u64 {
+        let lm_head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        self.layers.iter().flat_map(Layer::weights).chain([lm_head]).map(Weight::bytes).sum()
     }
 
     /// Bytes of one block of KV in all layers of a model, or of a rank's share of it.
@@ -360,11 +360,12 @@ impl CudaLlama {
         Ok(())
     }
 
-    /// Times the library's products for the shapes that steps have, before KV takes the memory that this needs for a moment.
+    /// Times the library's products for the shapes that steps have, before KV takes the memory that this needs for a moment; what
+    /// came of each.
     ///
     /// # Errors
     /// [`CudaError`].
-    pub fn tune(&mut self) -> Result<(), CudaError> {
+    pub fn tune(&mut self) -> Result<Vec<TunedGemm>, CudaError> {
         let rows: Vec<usize> = GRAPH_BUCKETS
             .into_iter()
             .filter(|rows| *rows > MAX_GEMV_TOKENS)
@@ -380,8 +381,7 @@ impl CudaLlama {
         let logits_rows: Vec<usize> =
             rows.iter().copied().filter(|rows| *rows <= self.options.max_logits_rows).collect();
         head.shapes_f32(&logits_rows, &mut shapes);
-        self.gemm.warm_up(&shapes)?;
-        Ok(())
+        self.gemm.warm_up(&shapes)
     }
 
     /// Records a step of every bucket. Each is run once before, on dummy rows that write to no block.

@@ -34,7 +34,7 @@ fn shapes_arrive_and_empty_ones_launch_nothing() {
         let cuda = open();
         let out = cuda.alloc(28).unwrap();
         let shape = module(&cuda).kernel("shape").unwrap();
-        let asked = LaunchShape { grid: [2, 3, 4], block: [5, 6, 7], shared_bytes: 8 };
+        let asked = LaunchShape { grid: [2, 3, 4], block: [5, 6, 7], shared_bytes: 8, overlaps: true };
         let args = [out.as_slice::<u32>().into()];
         // SAFETY: the kernel's parameter; it writes seven words.
         unsafe { shape.launch(asked, &args) }.unwrap();
@@ -49,7 +49,7 @@ fn shapes_arrive_and_empty_ones_launch_nothing() {
         let error = unsafe { shape.launch(LaunchShape::linear(1, 2000), &args) }.unwrap_err();
         assert_eq!(
             error.to_string(),
-            "kernel shape of test.cu: cuLaunchKernel failed: CUDA_ERROR_INVALID_VALUE (words of the driver)"
+            "kernel shape of test.cu: cuLaunchKernelEx failed: CUDA_ERROR_INVALID_VALUE (words of the driver)"
         );
         // SAFETY: refused before the kernel sees them.
         let error = unsafe { shape.launch(asked, &[Arg::NULL; MAX_ARGS + 1]) }.unwrap_err();
