@@ -28,14 +28,14 @@ struct Shape {
 
 // Eight values as four pairs.
 DEVICE void load_pairs(u32 (&x)[4], const bf16* p) {
-    const uint4 all = stream16(p);
+    const uint4 all = pass16(p);
     x[0] = all.x;
     x[1] = all.y;
     x[2] = all.z;
     x[3] = all.w;
 }
 DEVICE void load_pairs(u32 (&x)[4], const fp8* p) {
-    const uint2 all = stream8(p);
+    const uint2 all = pass8(p);
     const uint2 a = bf16x4_of_fp8(all.x), b = bf16x4_of_fp8(all.y);
     x[0] = a.x;
     x[1] = a.y;

@@ -77,6 +77,19 @@ DEVICE u32 stream4(const void* p) {
     return x;
 }
 
+// As stream16 and stream8, of what an earlier launch may have written while this one already waited for it.
+DEVICE uint4 pass16(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+DEVICE uint2 pass8(const void* p) {
+    uint2 x;
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+    return x;
+}
+
 DEVICE bf16 bf16_of(float x) {
     bf16 y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
@@ -157,6 +170,10 @@ DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 DEVICE void atomic_max(u64* p, u64 x) { atomicMax(p, x); }
 DEVICE void atomic_add(u64* p, u64 x) { atomicAdd(p, x); }
+// Adds, and gives what was there before.
+DEVICE u32 fetch_add(u32* p, u32 x) { return atomicAdd(p, x); }
+// What this thread wrote before is seen by other blocks before what it writes afterwards.
+DEVICE void fence_device() { __threadfence(); }
 
 // Flags between devices.
 DEVICE void store_release(u32* p, u32 x) {

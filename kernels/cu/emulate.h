@@ -470,6 +470,8 @@ inline void store8(void* p, uint2 x) { emulate::store(p, x); }
 inline void store4(void* p, unsigned x) { emulate::store(p, x); }
 inline uint4 stream16(const void* p) { return load16(p); }
 inline uint2 stream8(const void* p) { return load8(p); }
+inline uint4 pass16(const void* p) { return load16(p); }
+inline uint2 pass8(const void* p) { return load8(p); }
 inline unsigned stream4(const void* p) { return load4(p); }
 
 inline unsigned short bf16_of(float x) {
@@ -584,6 +586,8 @@ inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
 
 inline void atomic_max(unsigned long long* p, unsigned long long x) { if (x > *p) *p = x; }
 inline void atomic_add(unsigned long long* p, unsigned long long x) { *p += x; }
+inline unsigned fetch_add(unsigned* p, unsigned x) { const unsigned before = *p; *p += x; return before; }
+inline void fence_device() {}
 inline void store_release(unsigned* p, unsigned x) { *p = x; }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline uint4 load16_volatile(const void* p) { return load16(p); }

@@ -35,7 +35,7 @@ mod weights;
 
 pub use batch::ForwardBatch;
 pub use config::{GenerationConfig, ModelConfig};
-pub use cuda_llama::{CudaLlama, CudaLlamaOptions, CudaLoadError, Others};
+pub use cuda_llama::{CudaLlama, CudaLlamaOptions, CudaLoadError, Others, TunedSkinny};
 pub use error::ModelError;
 pub use llama::{Llama, LlamaOptions, LoadedBytes};
 pub use mmap::MappedFile;

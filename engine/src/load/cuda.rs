@@ -208,6 +208,9 @@ impl Inspected {
         for tuned in model.tune().map_err(CudaLoadError::from)? {
             tracing::debug!(%tuned, "matrix product");
         }
+        for tuned in model.tune_skinny().map_err(CudaLoadError::from)? {
+            tracing::debug!(%tuned, "matrix product of few tokens");
+        }
         phases.end("choosing among matrix products");
         let step = CudaStep::new(make_cpu(&self.options)?, model, options.max_logits_rows());
         let step = step.map_err(CudaLoadError::from)?;

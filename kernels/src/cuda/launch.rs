@@ -334,7 +334,12 @@ impl Kernel {
         // SAFETY: the function is of the loaded module; the driver copies configuration and arguments before it returns; the rest
         // is this function's contract.
         unsafe {
-            sys::cuLaunchKernelEx(&raw const config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut())
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                self.function,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
         }
         .result()
         .map_err(|error| CudaError::kernel(&self.name, "cuLaunchKernelEx", error))

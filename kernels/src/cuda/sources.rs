@@ -34,4 +34,5 @@ sources!(
     "quantize",
     "rope",
     "sample",
+    "skinny_gemm",
 );

@@ -10,6 +10,7 @@ use tandem_kernels::cuda::{
 };
 use tandem_kernels::{DType, Matrix};
 
+use super::skinny::Skinny;
 use super::step::StepArrays;
 use super::weight::{BlockKind, Format, Scratch, Weight};
 use super::{CudaLlama, CudaLlamaOptions, JoinedLogits, Layer, PARTIAL_BYTES, Workspace};
@@ -75,6 +76,7 @@ impl CudaLlama {
         let work = Workspace::new(runner.cuda(), &config, options)?;
         let scratch =
             Scratch::new(runner.cuda(), layers.iter().flat_map(Layer::weights), options.max_tokens)?;
+        let skinny = Skinny::new(runner.cuda(), layers.iter().flat_map(Layer::weights))?;
         Ok(Self {
             config,
             options,
@@ -88,6 +90,7 @@ impl CudaLlama {
             rope,
             work,
             scratch,
+            skinny,
             kv: None,
             graphs: HashMap::new(),
         })

@@ -8,6 +8,7 @@
 //! Letters: `T` tokens of the step, `S` sequences, `R` rows that need logits, the others as in the crate's root.
 
 mod load;
+mod skinny;
 mod step;
 mod weight;
 
@@ -21,6 +22,7 @@ use tandem_kernels::cuda::{
     CudaError, DeviceBuffer, DeviceSlice, GRAPH_BUCKETS, Gemm, Graph, Runner, TunedGemm, bucket_of,
 };
 
+use self::skinny::Skinny;
 use self::step::StepArrays;
 use self::weight::{Products, Scratch, Weight};
 use crate::batch::ForwardBatch;
@@ -28,6 +30,7 @@ use crate::config::ModelConfig;
 use crate::shard::{Shard, Share};
 
 pub use load::CudaLoadError;
+pub use skinny::TunedSkinny;
 
 /// The most tokens of a sequence for which attention goes over its context in parallel, as decoding does.
 const MAX_DECODE_TOKENS: usize = 8;
@@ -69,6 +72,7 @@ pub struct CudaLlama {
     rope: DeviceBuffer,
     work: Workspace,
     scratch: Scratch,
+    skinny: Skinny,
     kv: Option<KvPool>,
     /// By bucket.
     graphs: HashMap<usize, Graph>,
@@ -279,7 +283,7 @@ impl CudaLlama {
         runs: &[Run],
         others: &mut Others<'_>,
     ) -> Result<(), DeviceCommError> {
-        let Self { config, options, share, runner, gemm, work, scratch, .. } = self;
+        let Self { config, options, share, runner, gemm, work, scratch, skinny, .. } = self;
         let kv = self.kv.as_ref().expect("memory for KV");
         let (tokens, arrays) = (shape.tokens, &work.arrays);
         let heads = heads(config);
@@ -294,7 +298,7 @@ impl CudaLlama {
         let tables = RopeTables { cos: address(&self.rope), sin: address(&self.rope) + table_bytes as u64 };
         let scale = 1.0 / (config.head_dim as f32).sqrt();
 
-        let mut products = Products { runner, gemm, scratch };
+        let mut products = Products { runner, gemm, scratch, skinny };
         let vocab = share.vocab.clone();
         let table = self.embedding.bf16_address();
         runner.launch(&launcher::embed(
@@ -427,11 +431,12 @@ fn num_splits(num_sms: usize, run: Run, heads: Heads) -> usize {
     let tiles = (run.max_tokens * heads.num_heads / heads.num_kv_heads).div_ceil(16);
     let blocks = (run.count * heads.num_kv_heads * tiles).max(1);
     let room = PARTIAL_BYTES / launcher::splits_bytes(run.tokens.max(1), heads, 1);
-    (BLOCKS_PER_SM * num_sms).div_ceil(blocks).min(MAX_SPLITS).min(room).max(1)
+    // No more than run at once: one block keeps a multiprocessor's share of the memory busy, and partial results cost a launch.
+    (BLOCKS_PER_SM * num_sms / blocks).min(MAX_SPLITS).min(room).max(1)
 }
 
-/// Blocks of attention that are in flight on one multiprocessor.
-const BLOCKS_PER_SM: usize = 3;
+/// Blocks of attention of head dim 128 that are in flight on one multiprocessor.
+const BLOCKS_PER_SM: usize = 2;
 /// The most parts that a context is split into.
 const MAX_SPLITS: usize = 32;
 /// Memory of their partial results.
@@ -550,8 +555,8 @@ mod tests {
         let heads = Heads { num_heads: 32, num_kv_heads: 8, head_dim: 128 };
         let run = |count, max_tokens| Run { first: 0, count, tokens: count * max_tokens, max_tokens };
         let of = |count, max_tokens| num_splits(132, run(count, max_tokens), heads);
-        assert_eq!([of(1, 1), of(4, 1), of(256, 1)], [MAX_SPLITS, 13, 1]);
-        assert_eq!(of(4, 8), 7, "eight tokens of four heads are two tiles");
+        assert_eq!([of(1, 1), of(4, 1), of(24, 1), of(256, 1)], [MAX_SPLITS, 8, 1, 1]);
+        assert_eq!(of(4, 8), 4, "eight tokens of four heads are two tiles");
         let splits = of(2048, 8);
         assert!(
             splits >= 1 && launcher::splits_bytes(2048 * 8, heads, splits) >= PARTIAL_BYTES,

@@ -5,6 +5,7 @@ use tandem_kernels::cuda::launcher::{self, Address, Epilogue, MAX_GEMV_TOKENS, P
 use tandem_kernels::cuda::{CudaError, DeviceBuffer, Fp8Scales, Gemm, GemmShape, GemmTypes, Runner};
 
 use super::address;
+use super::skinny::Skinny;
 
 /// `y = x · Wᵀ + b`, with W `[N, K]`.
 pub(super) struct Weight {
@@ -38,6 +39,7 @@ pub(super) struct Products<'a> {
     pub(super) runner: &'a Runner,
     pub(super) gemm: &'a mut Gemm,
     pub(super) scratch: &'a Scratch,
+    pub(super) skinny: &'a Skinny,
 }
 
 /// Device memory for what products need beside their operands.
@@ -93,10 +95,12 @@ impl Weight {
         x: &DeviceBuffer,
         y: &DeviceBuffer,
     ) -> Result<(), CudaError> {
-        if rows <= MAX_GEMV_TOKENS {
-            self.gemv(products.runner, Epilogue::StoreBf16, rows, self.out_features, x, y)?;
-        } else {
-            self.gemm(products, rows, x, y)?;
+        if !self.skinny(products, Epilogue::StoreBf16, rows, self.out_features, x, y)? {
+            if rows <= MAX_GEMV_TOKENS {
+                self.gemv(products.runner, Epilogue::StoreBf16, rows, self.out_features, x, y)?;
+            } else {
+                self.gemm(products, rows, x, y)?;
+            }
         }
         self.add_bias(products.runner, rows, y)
     }
@@ -127,10 +131,12 @@ impl Weight {
         x: &DeviceBuffer,
         hidden: &DeviceBuffer,
     ) -> Result<bool, CudaError> {
-        if rows > MAX_GEMV_TOKENS {
-            return Ok(false);
+        if !self.skinny(products, Epilogue::AddF32, rows, self.out_features, x, hidden)? {
+            if rows > MAX_GEMV_TOKENS {
+                return Ok(false);
+            }
+            self.gemv(products.runner, Epilogue::AddF32, rows, self.out_features, x, hidden)?;
         }
-        self.gemv(products.runner, Epilogue::AddF32, rows, self.out_features, x, hidden)?;
         if let Some(bias) = &self.bias {
             let (hidden, bias) = (address(hidden), address(bias));
             products.runner.launch(&launcher::add_bias_f32(hidden, bias, rows, self.out_features))?;
@@ -149,8 +155,13 @@ impl Weight {
         gated: &DeviceBuffer,
     ) -> Result<(), CudaError> {
         let width = self.out_features / 2;
-        if rows <= MAX_GEMV_TOKENS && self.bias.is_none() {
-            return self.gemv(products.runner, Epilogue::SwiGlu, rows, width, x, gated);
+        if self.bias.is_none() {
+            if self.skinny(products, Epilogue::SwiGlu, rows, width, x, gated)? {
+                return Ok(());
+            }
+            if rows <= MAX_GEMV_TOKENS {
+                return self.gemv(products.runner, Epilogue::SwiGlu, rows, width, x, gated);
+            }
         }
         self.multiply(products, rows, x, gate_up)?;
         products.runner.launch(&launcher::silu_mul(address(gated), address(gate_up), rows, width))
@@ -169,6 +180,23 @@ impl Weight {
 
     fn shape(&self, m: usize, types: GemmTypes) -> GemmShape {
         GemmShape { m, n: self.out_features, k: self.in_features, types }
+    }
+
+    /// Queues a product by the skinny kernel, if that is the best for it; whether it is.
+    fn skinny(
+        &self,
+        products: &Products<'_>,
+        epilogue: Epilogue,
+        rows: usize,
+        num_columns: usize,
+        x: &DeviceBuffer,
+        y: &DeviceBuffer,
+    ) -> Result<bool, CudaError> {
+        let Some(splits) = products.skinny.choice(self, epilogue, rows) else { return Ok(false) };
+        let product = Product { num_tokens: rows, num_columns, size: self.in_features };
+        let (x, y) = (address(x), address(y));
+        products.runner.launch(&launcher::skinny_gemm(y, x, self.weights(), epilogue, product, splits))?;
+        Ok(true)
     }
 
     fn gemv(
@@ -192,7 +220,7 @@ impl Weight {
         y: &DeviceBuffer,
     ) -> Result<(), CudaError> {
         let (n, k) = (self.out_features, self.in_features);
-        let Products { runner, gemm, scratch } = products;
+        let Products { runner, gemm, scratch, .. } = products;
         let out = y.slice::<bf16>(0, rows * n);
         let inputs = x.slice::<bf16>(0, rows * k);
         match &self.format {

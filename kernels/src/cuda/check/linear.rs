@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::super::launcher::{self, Epilogue, Product, Weights};
+use super::super::launcher::{self, Address, Epilogue, KSplits, Launch, Product, Weights};
 use super::super::reference;
 use super::{Case, Checks, wide};
 
@@ -78,11 +78,63 @@ pub(super) fn gemv(checks: &mut Checks<'_>) {
     }
 }
 
+pub(super) fn skinny_gemm(checks: &mut Checks<'_>) {
+    // Less than a stage, a tail of one, more than all stages at once; tails of columns; fewer stages than splits.
+    let shapes = [
+        (1, 8, 16, 1),
+        (16, 72, 208, 2),
+        (17, 64, 1040, 3),
+        (9, 104, 576, 1),
+        (33, 40, 832, 4),
+        (64, 136, 1296, 2),
+    ];
+    for format in [Format::Bf16, Format::Fp8] {
+        for epilogue in [Epilogue::StoreBf16, Epilogue::AddF32, Epilogue::SwiGlu] {
+            for (num_tokens, num_columns, size, num_splits) in shapes {
+                let product = Product { num_tokens, num_columns, size };
+                let name = format!("skinny_gemm {format:?} {epilogue:?} {product:?}, {num_splits} splits");
+                checks.case(name, |case| skinny_case(case, format, epilogue, product, num_splits));
+            }
+        }
+    }
+}
+
+fn skinny_case(
+    case: &mut Case<'_>,
+    format: Format,
+    epilogue: Epilogue,
+    product: Product,
+    num_splits: usize,
+) -> Result<(), String> {
+    let tiles = launcher::skinny_tiles(epilogue, product.num_columns);
+    let partials = case.output::<f32>(KSplits::partial_bytes(tiles * num_splits) / 4)?;
+    let zeros = vec![0u32; tiles];
+    let counters = case.input(&zeros)?;
+    let splits = KSplits { num_splits, partials: partials.address, counters: counters.address };
+    linear_case(case, format, epilogue, product, |out, x, weights| {
+        launcher::skinny_gemm(out, x, weights, epilogue, product, splits)
+    })?;
+    case.expect_equal("counters", counters, &zeros)
+}
+
 fn gemv_case(
     case: &mut Case<'_>,
     format: Format,
     epilogue: Epilogue,
     product: Product,
+) -> Result<(), String> {
+    linear_case(case, format, epilogue, product, |out, x, weights| {
+        launcher::gemv(out, x, weights, epilogue, product)
+    })
+}
+
+/// A layer of random weights, launched by `launch(out, x, weights)`.
+fn linear_case(
+    case: &mut Case<'_>,
+    format: Format,
+    epilogue: Epilogue,
+    product: Product,
+    launch: impl Fn(Address, Address, Weights) -> Launch,
 ) -> Result<(), String> {
     let Product { num_tokens, num_columns, size } = product;
     let num_rows = num_columns * if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
@@ -94,24 +146,24 @@ fn gemv_case(
     match epilogue {
         Epilogue::StoreBf16 => {
             let out = case.output::<bf16>(len)?;
-            case.launch(launcher::gemv(out.address, x, weights, epilogue, product))?;
+            case.launch(launch(out.address, x, weights))?;
             case.expect_bf16("out", out, &y)
         }
         Epilogue::StoreF32 => {
             let out = case.output::<f32>(len)?;
-            case.launch(launcher::gemv(out.address, x, weights, epilogue, product))?;
+            case.launch(launch(out.address, x, weights))?;
             case.expect_f32("out", out, &y)
         }
         Epilogue::AddF32 => {
             let before = case.random.f32s(len, 2.0);
             let out = case.input(&before)?;
-            case.launch(launcher::gemv(out.address, x, weights, epilogue, product))?;
+            case.launch(launch(out.address, x, weights))?;
             let sum: Vec<f64> = y.iter().zip(&before).map(|(y, &before)| y + f64::from(before)).collect();
             case.expect_f32("out", out, &sum)
         }
         Epilogue::SwiGlu => {
             let out = case.output::<bf16>(len)?;
-            case.launch(launcher::gemv(out.address, x, weights, epilogue, product))?;
+            case.launch(launch(out.address, x, weights))?;
             let expected: Vec<f64> = (y.chunks(2 * num_columns))
                 .flat_map(|row| (0..num_columns).map(|n| reference::silu(row[n]) * row[num_columns + n]))
                 .collect();

@@ -43,6 +43,7 @@ pub const GROUPS: &[(&str, Group)] = &[
     ("blocks", elementwise::blocks),
     ("columns", columns::columns),
     ("gemv", linear::gemv),
+    ("skinny_gemm", linear::skinny_gemm),
     ("quantize", linear::quantize),
     ("attention_decode", attention::decode),
     ("attention_prefill", attention::prefill),
@@ -268,5 +269,5 @@ mod tests {
         };
     }
 
-    groups!(embed norm rope activation blocks columns gemv quantize attention_decode attention_prefill argmax sample log_probs all_reduce);
+    groups!(embed norm rope activation blocks columns gemv skinny_gemm quantize attention_decode attention_prefill argmax sample log_probs all_reduce);
 }

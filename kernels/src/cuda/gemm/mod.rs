@@ -107,7 +107,10 @@ impl fmt::Display for TunedGemm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { shape, candidates, best, best_us, first_us } = self;
         let tera_flops = 2.0 * (shape.m * shape.n * shape.k) as f32 / best_us / 1e6;
-        write!(f, "{shape}: {best_us:.1} µs, {tera_flops:.0} TFLOP/s (algorithm {best} of {candidates}, the first {first_us:.1} µs)")
+        write!(
+            f,
+            "{shape}: {best_us:.1} µs, {tera_flops:.0} TFLOP/s (algorithm {best} of {candidates}, the first {first_us:.1} µs)"
+        )
     }
 }
 

@@ -163,7 +163,13 @@ pub fn attention_combine(
         splits.num_splits.into(),
         attention.heads.head_dim.into(),
     ];
-    Launch::new("attention_decode", "attention_combine", [num_tokens, attention.heads.num_heads, 1], 128, args)
+    Launch::new(
+        "attention_decode",
+        "attention_combine",
+        [num_tokens, attention.heads.num_heads, 1],
+        128,
+        args,
+    )
 }
 
 /// f32 [T][H][splits][D], then maxima and sums [T][H][splits].

@@ -23,7 +23,7 @@ pub enum Weights {
 
 impl Weights {
     /// The arguments, of which the first few count.
-    fn args(self) -> ([Arg; 3], usize) {
+    pub(super) fn args(self) -> ([Arg; 3], usize) {
         let none = Arg::Pointer(0);
         match self {
             Self::Bf16 { values } => ([values.into(), none, none], 1),
@@ -36,7 +36,7 @@ impl Weights {
 }
 
 /// What becomes of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Epilogue {
     /// out bf16 [M,N].
     StoreBf16,
@@ -48,7 +48,8 @@ pub enum Epilogue {
     SwiGlu,
 }
 
-/// The shape of a product: M ≤ [`MAX_GEMV_TOKENS`], N columns of the output, K a multiple of 32.
+/// The shape of a product: M tokens, N columns of the output, K inputs, for [`gemv`] at most [`MAX_GEMV_TOKENS`] tokens and a
+/// multiple of 32 inputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Product {
     pub num_tokens: usize,

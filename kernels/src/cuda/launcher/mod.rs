@@ -13,6 +13,7 @@ mod columns;
 mod elementwise;
 mod linear;
 mod sampling;
+mod skinny;
 
 pub use attention::*;
 pub use collective::*;
@@ -20,6 +21,7 @@ pub use columns::*;
 pub use elementwise::*;
 pub use linear::*;
 pub use sampling::*;
+pub use skinny::*;
 
 /// The address of device memory.
 pub type Address = u64;

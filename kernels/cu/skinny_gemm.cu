@@ -1,0 +1,280 @@
+// y[M,N] = x bf16 [M,K] · Wᵀ for up to 64 tokens: bound by reading W, like a GEMV, but with enough tokens that x has to be
+// shared by many rows of W.
+//
+// A block of 4 warps takes 64 rows of W and one of num_splits spans of K. Stages of 128 bytes of each row, and what stands
+// beside them in x, come by cp.async, several ahead; two warps share the 64 rows, two the depth of a stage. W does not depend
+// on other launches: its first stages are on their way before the launch before is over. The spans of one tile are added in
+// their order by whichever block is the last to be done (the order of additions is the same whoever that is).
+//
+// What becomes of y: stored as bf16; added to f32 (the residual stream); or W has 2·N rows, gates before ups, and
+// silu(gate) · up is stored as bf16.
+
+static constexpr int WARPS = 4;
+static constexpr int THREADS = WARPS * WARP;
+static constexpr int ROWS = 64;
+static constexpr int ROW_BYTES = 128;
+// Sums of a tile: tokens are this far apart, which keeps lanes in different banks.
+static constexpr int STRIDE = ROWS + 4;
+
+enum Epilogue { STORE, ADD, SWIGLU };
+
+struct Operands {
+    int num_tokens, num_columns, size, num_splits;
+};
+
+// Chunks of 16 bytes of a row change places with the row, so that those that are read together are in different banks.
+struct Bf16Tiles {
+    static constexpr int DEPTH = 64, PER_CHUNK = 8, STEPS = 4;
+    const bf16* values;
+
+    METHOD const void* at(size_t row, int k, int size) const { return values + row * size + k; }
+    METHOD float row_scale(int) const { return 1.0f; }
+    METHOD static int x_chunk(int chunk, int token) { return chunk ^ (token & 7); }
+
+    // Adds products of 16 values of 32 rows for every pair of steps of a stage.
+    template <int TOKENS>
+    METHOD static void multiply(float (&sum)[2][TOKENS / 8][4], const unsigned char* w, const unsigned char* x, int first_row,
+                                int first_step, int lane) {
+#pragma unroll
+        for (int step = first_step; step < first_step + 2; step++) {
+            u32 a[2][4];
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) {
+                const int row = first_row + 16 * tile + lane % 16, chunk = 2 * step + lane / 16;
+                ldmatrix_x4(a[tile], w + row * ROW_BYTES + 16 * (chunk ^ (row & 7)));
+            }
+#pragma unroll
+            for (int j = 0; j < TOKENS / 16; j++) {
+                const int token = 16 * j + lane / 16 * 8 + lane % 8, chunk = 2 * step + lane / 8 % 2;
+                u32 b[4];
+                ldmatrix_x4(b, x + token * (2 * DEPTH) + 16 * x_chunk(chunk, token));
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+                    mma_bf16(sum[tile][2 * j], a[tile], b[0], b[1]);
+                    mma_bf16(sum[tile][2 * j + 1], a[tile], b[2], b[3]);
+                }
+            }
+        }
+    }
+};
+
+// A lane gets four neighbours of a row at once: the two pairs take the places of columns 2t and 2t + 8, in x as in W.
+struct Fp8Tiles {
+    static constexpr int DEPTH = 128, PER_CHUNK = 16, STEPS = 8;
+    const fp8* values;
+    const float* scales;
+
+    METHOD const void* at(size_t row, int k, int size) const { return values + row * size + k; }
+    METHOD float row_scale(int row) const { return scales[row]; }
+    METHOD static int x_chunk(int chunk, int token) { return chunk ^ ((token & 3) << 1); }
+
+    template <int TOKENS>
+    METHOD static void multiply(float (&sum)[2][TOKENS / 8][4], const unsigned char* w, const unsigned char* x, int first_row,
+                                int first_step, int lane) {
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            const int step = first_step + 2 * pair;
+            u32 raw[2][4];
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) {
+                const int row = first_row + 16 * tile + lane % 16, chunk = step + lane / 16;
+                ldmatrix_x4(raw[tile], w + row * ROW_BYTES + 16 * (chunk ^ (row & 7)));
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 a[2][4];
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+                    const uint2 low = bf16x4_of_fp8(raw[tile][2 * half]), high = bf16x4_of_fp8(raw[tile][2 * half + 1]);
+                    a[tile][0] = low.x;
+                    a[tile][1] = high.x;
+                    a[tile][2] = low.y;
+                    a[tile][3] = high.y;
+                }
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; j++) {
+                    const int token = 8 * j + g, chunk = 2 * (step + half) + t / 2;
+                    const uint2 b = load8(x + token * (2 * DEPTH) + 16 * x_chunk(chunk, token) + 8 * (t % 2));
+#pragma unroll
+                    for (int tile = 0; tile < 2; tile++) mma_bf16(sum[tile][j], a[tile], b.x, b.y);
+                }
+            }
+        }
+    }
+};
+
+template <Epilogue EPILOGUE>
+DEVICE int column_of(int tile, int row) {
+    return EPILOGUE == SWIGLU ? tile * (ROWS / 2) + row % (ROWS / 2) : tile * ROWS + row;
+}
+
+// What becomes of eight columns of a token.
+template <Epilogue EPILOGUE, class W, class Out>
+DEVICE void finish(Out* out, const W& w, float (&y)[8], float (&up)[8], int token, int column, int num_columns) {
+    const size_t at = static_cast<size_t>(token) * num_columns + column;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        y[i] *= w.row_scale(column + i);
+        if constexpr (EPILOGUE == SWIGLU) y[i] = silu(y[i]) * up[i] * w.row_scale(num_columns + column + i);
+    }
+    if constexpr (EPILOGUE == ADD) {
+        float before[8];
+        load_f32x8(before, out + at);
+#pragma unroll
+        for (int i = 0; i < 8; i++) y[i] += before[i];
+        store_f32x8(out + at, y);
+    } else {
+        store16(out + at, pack8(y));
+    }
+}
+
+template <int TOKENS, int STAGES, Epilogue EPILOGUE, class W, class Out>
+DEVICE void multiply(Out* out, float* partials, u32* counters, const bf16* x, const W& w, const Operands& of,
+                     unsigned char* shared) {
+    constexpr int W_BYTES = ROWS * ROW_BYTES, STAGE_BYTES = W_BYTES + TOKENS * W::DEPTH * 2;
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const int tile = blockIdx.x, split = blockIdx.y;
+    const int num_steps = divide_up(of.size, W::DEPTH), per_split = divide_up(num_steps, of.num_splits);
+    const int begin = split * per_split, count = max_of(min_of(begin + per_split, num_steps) - begin, 0);
+
+    const auto load_w = [&](int step) {
+        unsigned char* to = shared + step % STAGES * STAGE_BYTES;
+#pragma unroll
+        for (int i = 0; i < ROWS * 8 / THREADS; i++) {
+            const int unit = thread + i * THREADS, row = unit / 8, chunk = unit % 8;
+            const int column = column_of<EPILOGUE>(tile, row), k = (begin + step) * W::DEPTH + chunk * W::PER_CHUNK;
+            const bool valid = column < of.num_columns && k < of.size;
+            const size_t from = EPILOGUE == SWIGLU && row >= ROWS / 2 ? of.num_columns + column : column;
+            cp_async16(to + row * ROW_BYTES + 16 * (chunk ^ (row & 7)), w.at(valid ? from : 0, valid ? k : 0, of.size), valid);
+        }
+    };
+    const auto load_x = [&](int step) {
+        constexpr int CHUNKS = W::DEPTH / 8;
+        unsigned char* to = shared + step % STAGES * STAGE_BYTES + W_BYTES;
+#pragma unroll
+        for (int i = 0; i < TOKENS * CHUNKS / THREADS; i++) {
+            const int unit = thread + i * THREADS, token = unit / CHUNKS, chunk = unit % CHUNKS;
+            const int k = (begin + step) * W::DEPTH + chunk * 8;
+            const bool valid = token < of.num_tokens && k < of.size;
+            const bf16* from = x + (valid ? static_cast<size_t>(token) * of.size + k : 0);
+            cp_async16(to + token * (2 * W::DEPTH) + 16 * W::x_chunk(chunk, token), from, valid);
+        }
+    };
+
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++)
+        if (step < count) load_w(step);
+    // W is as it was loaded: only what follows depends on other launches.
+    wait_for_previous_launch();
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < count) load_x(step);
+        cp_async_commit();
+    }
+    float sum[2][TOKENS / 8][4] = {};
+    const int first_row = warp % 2 * 32, first_step = warp / 2 * (W::STEPS / 2);
+    for (int step = 0; step < count; step++) {
+        cp_async_wait<STAGES - 2>();
+        sync_block();
+        if (step + STAGES - 1 < count) {
+            load_w(step + STAGES - 1);
+            load_x(step + STAGES - 1);
+        }
+        cp_async_commit();
+        const unsigned char* stage = shared + step % STAGES * STAGE_BYTES;
+        W::template multiply<TOKENS>(sum, stage, stage + W_BYTES, first_row, first_step, lane);
+    }
+
+    // The two halves of the depth come together, token by token.
+    sync_block();
+    float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int part = WARPS / 2 - 1; part >= 0; part--) {
+        if (warp / 2 == part) {
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int token = 8 * j + lane % 4 * 2 + i % 2, row = first_row + 16 * t + lane / 4 + i / 2 * 8;
+                        float& to = sums[token * STRIDE + row];
+                        to = part == 0 ? sum[t][j][i] + to : sum[t][j][i];
+                    }
+                }
+            }
+        }
+        sync_block();
+    }
+
+    constexpr int WIDTH = EPILOGUE == SWIGLU ? ROWS / 2 : ROWS;
+    const int num_units = of.num_tokens * (WIDTH / 8);
+    if (of.num_splits == 1) {
+        for (int unit = thread; unit < num_units; unit += THREADS) {
+            const int token = unit / (WIDTH / 8), row = unit % (WIDTH / 8) * 8, column = column_of<EPILOGUE>(tile, row);
+            if (column >= of.num_columns) continue;
+            float y[8], up[8] = {};
+            load_f32x8(y, sums + token * STRIDE + row);
+            if constexpr (EPILOGUE == SWIGLU) load_f32x8(up, sums + token * STRIDE + ROWS / 2 + row);
+            finish<EPILOGUE>(out, w, y, up, token, column, of.num_columns);
+        }
+        return;
+    }
+    const size_t of_split = static_cast<size_t>(gridDim.x) * of.num_tokens * ROWS;
+    float* mine = partials + static_cast<size_t>(tile) * of.num_tokens * ROWS;
+    for (int unit = thread; unit < of.num_tokens * (ROWS / 8); unit += THREADS) {
+        const int token = unit / (ROWS / 8), row = unit % (ROWS / 8) * 8;
+        float y[8];
+        load_f32x8(y, sums + token * STRIDE + row);
+        store_f32x8(mine + split * of_split + token * ROWS + row, y);
+    }
+    fence_device();
+    sync_block();
+    u32* last = reinterpret_cast<u32*>(shared);
+    if (thread == 0) *last = fetch_add(counters + tile, 1) + 1 == static_cast<u32>(of.num_splits);
+    sync_block();
+    if (!*last) return;
+    fence_device();
+    if (thread == 0) counters[tile] = 0;
+    const auto add_up = [&](float (&y)[8], int token, int row) {
+        for (int i = 0; i < of.num_splits; i++) {
+            const float* from = mine + i * of_split + token * ROWS + row;
+            const uint4 low = load16_volatile(from), high = load16_volatile(from + 4);
+            const u32 words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+            for (int j = 0; j < 8; j++) y[j] += float_of(words[j]);
+        }
+    };
+    for (int unit = thread; unit < num_units; unit += THREADS) {
+        const int token = unit / (WIDTH / 8), row = unit % (WIDTH / 8) * 8, column = column_of<EPILOGUE>(tile, row);
+        if (column >= of.num_columns) continue;
+        float y[8] = {}, up[8] = {};
+        add_up(y, token, row);
+        if constexpr (EPILOGUE == SWIGLU) add_up(up, token, ROWS / 2 + row);
+        finish<EPILOGUE>(out, w, y, up, token, column, of.num_columns);
+    }
+}
+
+#define bf16_PARAMETERS const bf16* weights
+#define bf16_TILES Bf16Tiles{weights}
+#define fp8_PARAMETERS const fp8* weights, const float* scales
+#define fp8_TILES Fp8Tiles{weights, scales}
+#define SKINNY_KERNEL(format, TOKENS, STAGES, name, EPILOGUE, Out)                                                    \
+    KERNEL_RESIDENT(skinny_##format##_##TOKENS##_##name, 128, 2, Out* out, float* partials, u32* counters, const bf16* x, \
+                    format##_PARAMETERS, int num_tokens, int num_columns, int size, int num_splits) {                \
+        DYNAMIC_SHARED(shared);                                                                                      \
+        const Operands of = {num_tokens, num_columns, size, num_splits};                                             \
+        multiply<TOKENS, STAGES, EPILOGUE>(out, partials, counters, x, format##_TILES, of, shared);                   \
+    }
+#define SKINNY_KERNELS(format, TOKENS, STAGES)                     \
+    SKINNY_KERNEL(format, TOKENS, STAGES, store_bf16, STORE, bf16) \
+    SKINNY_KERNEL(format, TOKENS, STAGES, add_f32, ADD, float)     \
+    SKINNY_KERNEL(format, TOKENS, STAGES, swiglu, SWIGLU, bf16)
+
+SKINNY_KERNELS(bf16, 16, 6)
+SKINNY_KERNELS(bf16, 32, 6)
+SKINNY_KERNELS(bf16, 64, 6)
+SKINNY_KERNELS(fp8, 16, 6)
+SKINNY_KERNELS(fp8, 32, 6)
+SKINNY_KERNELS(fp8, 64, 4)

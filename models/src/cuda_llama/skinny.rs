@@ -1,0 +1,201 @@
+//! For which products of few tokens the skinny kernel is the fastest, and into how many spans it splits their inputs.
+//!
+//! Its rivals are a GEMV up to 8 tokens and the library's products beyond, followed by what these leave to other kernels. Which is
+//! best depends on the device and the shape, so it is timed at load, on the model's own layers: there are more of them than any
+//! cache holds, and neighbours overlap as they do in a step.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use tandem_kernels::cuda::launcher::{Epilogue, KSplits, MAX_SKINNY_TOKENS, skinny_tiles};
+use tandem_kernels::cuda::{Cuda, CudaError, DeviceBuffer, Timer};
+
+use super::weight::{Format, Products, Weight};
+use super::{CudaLlama, Layer, address};
+
+/// Tokens that are timed; what is chosen holds for fewer, down to the class before.
+const CLASSES: [usize; 5] = [1, 8, 16, 32, MAX_SKINNY_TOKENS];
+/// Blocks of one launch on each multiprocessor, at most: more would wait for others.
+const BLOCKS_PER_SM: usize = 4;
+/// Bytes of a row of weights that a span has at least: four stages.
+const MIN_SPAN_BYTES: usize = 512;
+/// Layers that are timed.
+const TIMED_LAYERS: usize = 8;
+
+/// The products of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Part {
+    Qkv,
+    AttentionOutput,
+    GateUp,
+    Down,
+}
+
+/// A product: its class of tokens, what becomes of it, N and K.
+type Key = (usize, Epilogue, usize, usize);
+
+/// What was chosen, and the memory that it takes.
+pub(super) struct Skinny {
+    chosen: HashMap<Key, usize>,
+    /// While something is timed: always so many spans, or never this kernel.
+    trial: Option<Option<usize>>,
+    max_blocks: usize,
+    partials: DeviceBuffer,
+    counters: DeviceBuffer,
+}
+
+/// What timing one product came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TunedSkinny {
+    part: Part,
+    tokens: usize,
+    rival_us: f32,
+    num_splits: usize,
+    us: f32,
+}
+
+impl fmt::Display for TunedSkinny {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { part, tokens, rival_us, num_splits, us } = self;
+        write!(f, "{part:?} of {tokens} tokens: {us:.1} µs in {num_splits} spans, {rival_us:.1} µs otherwise")
+    }
+}
+
+impl Skinny {
+    pub(super) fn new<'w>(cuda: &Cuda, weights: impl Iterator<Item = &'w Weight>) -> Result<Self, CudaError> {
+        let most_rows = weights.map(|weight| weight.out_features).max().unwrap_or(0);
+        let max_blocks = BLOCKS_PER_SM * cuda.info().num_sms;
+        Ok(Self {
+            chosen: HashMap::new(),
+            trial: None,
+            max_blocks,
+            partials: cuda.alloc(KSplits::partial_bytes(max_blocks))?,
+            counters: cuda.alloc_zeroed(KSplits::counter_bytes(most_rows))?,
+        })
+    }
+
+    /// How to carry a product out, if this kernel is the best for it.
+    pub(super) fn choice(&self, weight: &Weight, epilogue: Epilogue, tokens: usize) -> Option<KSplits> {
+        let num_splits = match self.trial {
+            Some(trial) => trial?,
+            None => *self.chosen.get(&key(weight, epilogue, tokens)?)?,
+        };
+        let (partials, counters) = (address(&self.partials), address(&self.counters));
+        (tokens <= MAX_SKINNY_TOKENS).then_some(KSplits { num_splits, partials, counters })
+    }
+
+    /// Numbers of spans that are worth trying.
+    fn candidates(&self, weight: &Weight, epilogue: Epilogue) -> Vec<usize> {
+        let value_bytes = match weight.format {
+            Format::Bf16(_) => 2,
+            Format::Fp8 { .. } => 1,
+            Format::Blocks { .. } => return Vec::new(),
+        };
+        let tiles = skinny_tiles(epilogue, columns(weight, epilogue));
+        let most_spans = weight.in_features * value_bytes / MIN_SPAN_BYTES;
+        let fits = |spans: &usize| *spans == 1 || (*spans <= most_spans && spans * tiles <= self.max_blocks);
+        [1, 2, 3, 4, 6, 8, 12].into_iter().filter(fits).collect()
+    }
+}
+
+/// Columns of what a product writes.
+fn columns(weight: &Weight, epilogue: Epilogue) -> usize {
+    if epilogue == Epilogue::SwiGlu { weight.out_features / 2 } else { weight.out_features }
+}
+
+fn key(weight: &Weight, epilogue: Epilogue, tokens: usize) -> Option<Key> {
+    let class = CLASSES.into_iter().find(|class| tokens <= *class)?;
+    Some((class, epilogue, weight.out_features, weight.in_features))
+}
+
+impl CudaLlama {
+    /// Times the products of a layer with this kernel and without, and keeps what is best.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn tune_skinny(&mut self) -> Result<Vec<TunedSkinny>, CudaError> {
+        let is_whole = self.options.shard.size == 1;
+        let add = if is_whole { Epilogue::AddF32 } else { Epilogue::StoreBf16 };
+        let parts = [
+            (Part::Qkv, Epilogue::StoreBf16),
+            (Part::AttentionOutput, add),
+            (Part::GateUp, Epilogue::SwiGlu),
+            (Part::Down, add),
+        ];
+        let max_tokens = self.options.max_tokens;
+        let mut tuned = Vec::new();
+        for (part, epilogue) in parts {
+            let weight = part.weight(&self.layers[0]);
+            let candidates = self.skinny.candidates(weight, epilogue);
+            // A bias stands between a product and what could be fused with it.
+            if candidates.is_empty() || (epilogue == Epilogue::SwiGlu && weight.bias.is_some()) {
+                continue;
+            }
+            for tokens in CLASSES.into_iter().filter(|tokens| *tokens <= max_tokens) {
+                let key = key(part.weight(&self.layers[0]), epilogue, tokens).expect("a class");
+                let rival_us = self.time_us(part, tokens, None)?;
+                let mut best = (1, f32::INFINITY);
+                for &num_splits in &candidates {
+                    let us = self.time_us(part, tokens, Some(num_splits))?;
+                    if us < best.1 {
+                        best = (num_splits, us);
+                    }
+                }
+                let (num_splits, us) = best;
+                if us < rival_us {
+                    self.skinny.chosen.insert(key, num_splits);
+                }
+                tuned.push(TunedSkinny { part, tokens, rival_us, num_splits, us });
+            }
+        }
+        Ok(tuned)
+    }
+
+    /// The mean time of a product, in so many spans of this kernel or without it.
+    fn time_us(&mut self, part: Part, tokens: usize, trial: Option<usize>) -> Result<f32, CudaError> {
+        let mut timer = Timer::new(self.runner.cuda())?;
+        self.skinny.trial = Some(trial);
+        let num_layers = self.layers.len().min(TIMED_LAYERS);
+        let mut us = Ok(0.0);
+        // The first round loads what there is to load, and is still under way when the clock starts.
+        for round in 0..2 {
+            if round == 1 {
+                timer.start()?;
+            }
+            for layer in 0..num_layers {
+                us = us.and(self.run_part(part, layer, tokens).map(|()| 0.0));
+            }
+        }
+        self.skinny.trial = None;
+        us?;
+        Ok(timer.stop_us()? / num_layers as f32)
+    }
+
+    fn run_part(&mut self, part: Part, layer: usize, tokens: usize) -> Result<(), CudaError> {
+        let Self { runner, gemm, work, scratch, skinny, layers, options, .. } = self;
+        let mut products = Products { runner, gemm, scratch, skinny };
+        let weight = part.weight(&layers[layer]);
+        match part {
+            Part::Qkv => weight.multiply(&mut products, tokens, &work.normed, &work.qkv),
+            Part::GateUp => weight.swiglu(&mut products, tokens, &work.normed, &work.gate_up, &work.gated),
+            Part::AttentionOutput | Part::Down => {
+                let x = if part == Part::Down { &work.gated } else { &work.attention };
+                if options.shard.size == 1 && weight.add(&mut products, tokens, x, &work.hidden)? {
+                    return Ok(());
+                }
+                weight.multiply(&mut products, tokens, x, &work.delta)
+            }
+        }
+    }
+}
+
+impl Part {
+    const fn weight(self, layer: &Layer) -> &Weight {
+        match self {
+            Self::Qkv => &layer.qkv,
+            Self::AttentionOutput => &layer.attention_output,
+            Self::GateUp => &layer.gate_up,
+            Self::Down => &layer.down,
+        }
+    }
+}
