@@ -3,21 +3,24 @@
 // out bf16 [T, H·D] of the queries in qkv bf16 [T, (H + 2K)·D] (rotated), over k_cache and v_cache [blocks][K][16][D],
 // which hold the keys and values of these tokens already. Token i of a sequence sees positions up to context_len + i.
 //
-// A block of 8 warps takes 128 rows of one sequence and KV head: row = token · G + head of the group, G = H/K. Packing the
-// group makes each key serve G times as many rows, and the ragged edge of the causal mask G times narrower. A warp owns 16
-// rows and keeps their queries, scores and sums in registers. Keys and values come in tiles of 64 through two buffers in
-// shared memory, the next on its way while one is used: 64 rows of it would be bound by the L2 cache, at 128 rows a tile of
-// 2·64·D values serves 4·128·64·D operations. Rows of a tile are stored with their 16-byte pieces exchanged
-// (piece ^ row % 8), so that neither copies nor ldmatrix meet a bank twice.
+// A block of 4 warps takes 128 rows of one sequence and KV head: row = token · G + head of the group, G = H/K. Packing the
+// group makes each key serve G times as many rows, and the ragged edge of the causal mask G times narrower. A warp owns 32
+// rows and keeps their scores and sums in registers: with 16 it would read shared memory for longer than it multiplies. Two
+// blocks share a multiprocessor, so that one multiplies while the other takes exponentials. Queries stay in shared memory;
+// keys and values come in tiles of 64 through two buffers of it, the next on its way while one is used: 64 rows of it would
+// be bound by the L2 cache, at 128 rows a tile of 2·64·D values serves 4·128·64·D operations. Rows of a tile are stored with
+// their 16-byte pieces exchanged (piece ^ row % 8), so that neither copies nor ldmatrix meet a bank twice.
 //
 // e4m3 caches are turned into bf16 on their way into shared memory, which is not asynchronous.
 //
 // Slots past the end hold anything; they come as zeros. Blocks past a sequence's rows leave at once.
 
-static constexpr int WARPS = 8;
+static constexpr int WARPS = 4;
 static constexpr int THREADS = WARPS * WARP;
-static constexpr int ROWS = 16 * WARPS;
+static constexpr int ROWS = 32 * WARPS;
+// Keys of a tile, and those of it whose scores are kept at once.
 static constexpr int KEYS = 64;
+static constexpr int STEP = 32;
 
 struct Shape {
     int num_heads, num_kv_heads, table_stride;
@@ -44,7 +47,8 @@ template <int D, class Kv>
 DEVICE void load_tile(bf16* keys, bf16* values, const Kv* k_cache, const Kv* v_cache, const int* table, int kv_head,
                       int num_kv_heads, int first, int length) {
     constexpr int PIECES = D / 8;
-#pragma unroll
+    // No more addresses at once than there are registers for.
+#pragma unroll 2
     for (int i = 0; i < KEYS * PIECES / THREADS; i++) {
         const int n = i * THREADS + threadIdx.x, row = n / PIECES, piece = n % PIECES, position = first + row;
         const bool valid = position < length;
@@ -59,34 +63,50 @@ DEVICE void load_tile(bf16* keys, bf16* values, const Kv* k_cache, const Kv* v_c
     cp_async_commit();
 }
 
+// Scores of a warp's rows: [i] those of rows 16·i + g and 16·i + g + 8.
 template <int D>
-DEVICE void multiply_keys(float (&s)[KEYS / 8][4], const u32 (&q)[D / 16][4], bf16* keys, int lane) {
+DEVICE void multiply_keys(float (&s)[2][STEP / 8][4], bf16* queries, bf16* keys, int lane) {
     const int matrix = lane / 8, row = lane % 8;
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
+        u32 q[2][4];
 #pragma unroll
-        for (int n = 0; n < KEYS / 16; n++) {
+        for (int r = 0; r < 2; r++) ldmatrix_x4(q[r], at<D>(queries, 16 * r + lane % 16, 2 * i + lane / 16));
+#pragma unroll
+        for (int n = 0; n < STEP / 16; n++) {
             u32 k[4];
             ldmatrix_x4(k, at<D>(keys, 16 * n + 8 * (matrix / 2) + row, 2 * i + matrix % 2));
-            mma_bf16(s[2 * n], q[i], k[0], k[1]);
-            mma_bf16(s[2 * n + 1], q[i], k[2], k[3]);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                mma_bf16(s[r][2 * n], q[r], k[0], k[1]);
+                mma_bf16(s[r][2 * n + 1], q[r], k[2], k[3]);
+            }
         }
     }
 }
 
 template <int D>
-DEVICE void add_values(float (&acc)[D / 8][4], const float (&p)[KEYS / 8][4], bf16* values, int lane) {
+DEVICE void add_values(float (&acc)[2][D / 8][4], const float (&p)[2][STEP / 8][4], bf16* values, int lane) {
     const int matrix = lane / 8, row = lane % 8;
 #pragma unroll
-    for (int i = 0; i < KEYS / 16; i++) {
-        const u32 a[4] = {bf16x2_of(p[2 * i][0], p[2 * i][1]), bf16x2_of(p[2 * i][2], p[2 * i][3]),
-                          bf16x2_of(p[2 * i + 1][0], p[2 * i + 1][1]), bf16x2_of(p[2 * i + 1][2], p[2 * i + 1][3])};
+    for (int i = 0; i < STEP / 16; i++) {
+        u32 a[2][4];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            a[r][0] = bf16x2_of(p[r][2 * i][0], p[r][2 * i][1]);
+            a[r][1] = bf16x2_of(p[r][2 * i][2], p[r][2 * i][3]);
+            a[r][2] = bf16x2_of(p[r][2 * i + 1][0], p[r][2 * i + 1][1]);
+            a[r][3] = bf16x2_of(p[r][2 * i + 1][2], p[r][2 * i + 1][3]);
+        }
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             u32 v[4];
             ldmatrix_x4_trans(v, at<D>(values, 16 * i + 8 * (matrix % 2) + row, 2 * n + matrix / 2));
-            mma_bf16(acc[2 * n], a, v[0], v[1]);
-            mma_bf16(acc[2 * n + 1], a, v[2], v[3]);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                mma_bf16(acc[r][2 * n], a[r], v[0], v[1]);
+                mma_bf16(acc[r][2 * n + 1], a[r], v[2], v[3]);
+            }
         }
     }
 }
@@ -94,47 +114,60 @@ DEVICE void add_values(float (&acc)[D / 8][4], const float (&p)[KEYS / 8][4], bf
 template <int D, class Kv>
 DEVICE void attend(bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_cache, const int* cu_seqlens,
                    const int* context_lens, const int* block_tables, const Shape& shape, bf16* shared) {
-    wait_for_previous_launch();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     // Late rows see the most keys, so they begin first.
     const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS, kv_head = blockIdx.y, sequence = blockIdx.z;
     const int first_token = cu_seqlens[sequence], num_tokens = cu_seqlens[sequence + 1] - first_token;
     const int group = shape.num_heads / shape.num_kv_heads, num_rows = num_tokens * group;
-    if (first_row >= num_rows) return;
     const int context_len = context_lens[sequence], length = context_len + num_tokens;
+    wait_for_previous_launch();
+    if (first_row >= num_rows) return;
     const int* table = block_tables + static_cast<size_t>(sequence) * shape.table_stride;
     const size_t width = static_cast<size_t>(shape.num_heads + 2 * shape.num_kv_heads) * D;
-
     // Rows past the end repeat the last one.
-    u32 q[D / 16][4];
-    int token[2], head[2];
+    const auto row_at = [&](int row) { return min_of(first_row + row, num_rows - 1); };
+
+    constexpr int TILE = KEYS * D, PIECES = D / 8;
+    bf16* queries = shared;
+    bf16* tiles = shared + ROWS * D;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = min_of(first_row + 16 * warp + g + 8 * half, num_rows - 1);
-        token[half] = row / group;
-        head[half] = kv_head * group + row % group;
-        const bf16* from = qkv + (first_token + token[half]) * width + head[half] * D + 2 * t;
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            q[i][half] = load4(from + 16 * i);
-            q[i][2 + half] = load4(from + 16 * i + 8);
-        }
+    for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
+        const int n = i * THREADS + threadIdx.x, row = row_at(n / PIECES), piece = n % PIECES;
+        const int head = kv_head * group + row % group;
+        cp_async16(at<D>(queries, n / PIECES, piece), qkv + (first_token + row / group) * width + head * D + 8 * piece, true);
     }
+    queries += 32 * warp * D;
 
     const int first_position = context_len + first_row / group;
-    const int last_position = context_len + (min_of(first_row + ROWS, num_rows) - 1) / group;
+    const int last_position = context_len + row_at(ROWS - 1) / group;
     const int num_tiles = last_position / KEYS + 1;
     // Keys and values of one buffer, then of the other.
-    constexpr int TILE = KEYS * D;
-    load_tile<D>(shared, shared + TILE, k_cache, v_cache, table, kv_head, shape.num_kv_heads, 0, length);
+    load_tile<D>(tiles, tiles + TILE, k_cache, v_cache, table, kv_head, shape.num_kv_heads, 0, length);
 
-    float acc[D / 8][4] = {}, max[2] = {-infinity(), -infinity()}, sum[2] = {};
+    float acc[2][D / 8][4] = {}, max[2][2], sum[2][2] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) max[i / 2][i % 2] = -infinity();
     const float scale = shape.scale * LOG2_E;
+    const auto mask = [&](float (&s)[2][STEP / 8][4], int position) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int last = context_len + row_at(32 * warp + 16 * r + g + 8 * half) / group - position;
+#pragma unroll
+                for (int n = 0; n < STEP / 8; n++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        if (8 * n + 2 * t + i > last) s[r][n][2 * half + i] = -infinity();
+                }
+            }
+        }
+    };
     for (int tile = 0; tile < num_tiles; tile++) {
-        bf16* keys = shared + tile % 2 * (2 * TILE);
+        bf16* keys = tiles + tile % 2 * (2 * TILE);
         bf16* values = keys + TILE;
         if (tile + 1 < num_tiles) {
-            bf16* next = shared + (tile + 1) % 2 * (2 * TILE);
+            bf16* next = tiles + (tile + 1) % 2 * (2 * TILE);
             load_tile<D>(next, next + TILE, k_cache, v_cache, table, kv_head, shape.num_kv_heads, (tile + 1) * KEYS,
                          length);
             cp_async_wait<1>();
@@ -143,66 +176,79 @@ DEVICE void attend(bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_ca
         }
         sync_block();
 
-        float s[KEYS / 8][4] = {};
-        multiply_keys<D>(s, q, keys, lane);
-        if ((tile + 1) * KEYS - 1 > first_position) {
+#pragma unroll 1
+        for (int first = 0; first < KEYS; first += STEP) {
+            float s[2][STEP / 8][4] = {};
+            multiply_keys<D>(s, queries, keys + first * D, lane);
+            const int position = tile * KEYS + first;
+            if (position + STEP - 1 > first_position) mask(s, position);
+            bool grew = false;
+            float correction[2][2];
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
+            for (int r = 0; r < 2; r++) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int position = tile * KEYS + 8 * n + 2 * t + i % 2;
-                    if (position > context_len + token[i / 2]) s[n][i] = -infinity();
+                for (int half = 0; half < 2; half++) {
+                    float largest = -infinity();
+#pragma unroll
+                    for (int n = 0; n < STEP / 8; n++)
+                        largest = max_of(largest, max_of(s[r][n][2 * half], s[r][n][2 * half + 1]));
+                    largest = max_of(largest, shuffle_xor(largest, 1));
+                    largest = max_of(largest, shuffle_xor(largest, 2));
+                    // The first step has position 0, which every row sees: the maximum is finite.
+                    const float next_max = max_of(max[r][half], largest * scale);
+                    grew |= next_max > max[r][half];
+                    correction[r][half] = exp2_fast(max[r][half] - next_max);
+                    max[r][half] = next_max;
+                    float added = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < STEP / 8; n++) {
+#pragma unroll
+                        for (int i = 2 * half; i < 2 * half + 2; i++) {
+                            s[r][n][i] = exp2_fast(s[r][n][i] * scale - next_max);
+                            added += s[r][n][i];
+                        }
+                    }
+                    sum[r][half] = sum[r][half] * correction[r][half] + added;
                 }
             }
-        }
-
+            // After the first keys maxima seldom grow.
+            if (any_lane(grew)) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float largest = -infinity();
+                for (int r = 0; r < 2; r++) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                largest = max_of(largest, max_of(s[n][2 * half], s[n][2 * half + 1]));
-            largest = max_of(largest, shuffle_xor(largest, 1));
-            largest = max_of(largest, shuffle_xor(largest, 2));
-            // The first tile has position 0, which every row sees: the maximum is finite.
-            const float next_max = max_of(max[half], largest * scale);
-            const float correction = exp2_fast(max[half] - next_max);
-            max[half] = next_max;
-            sum[half] *= correction;
+                    for (int n = 0; n < D / 8; n++) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    s[n][i] = exp2_fast(s[n][i] * scale - next_max);
-                    sum[half] += s[n][i];
+                        for (int i = 0; i < 4; i++) acc[r][n][i] *= correction[r][i / 2];
+                    }
                 }
             }
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                acc[n][2 * half] *= correction;
-                acc[n][2 * half + 1] *= correction;
-            }
+            add_values<D>(acc, s, values + first * D, lane);
         }
-        add_values<D>(acc, s, values, lane);
         // The next turn loads into the buffer that was read here.
         sync_block();
     }
 
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        sum[half] += shuffle_xor(sum[half], 1);
-        sum[half] += shuffle_xor(sum[half], 2);
-        if (first_row + 16 * warp + g + 8 * half >= num_rows) continue;
-        const float inverse = 1.0f / sum[half];
-        bf16* to = out + (static_cast<size_t>(first_token + token[half]) * shape.num_heads + head[half]) * D + 2 * t;
+    for (int r = 0; r < 2; r++) {
 #pragma unroll
-        for (int n = 0; n < D / 8; n++)
-            store4(to + 8 * n, bf16x2_of(acc[n][2 * half] * inverse, acc[n][2 * half + 1] * inverse));
+        for (int half = 0; half < 2; half++) {
+            float total = sum[r][half];
+            total += shuffle_xor(total, 1);
+            total += shuffle_xor(total, 2);
+            const int row = first_row + 32 * warp + 16 * r + g + 8 * half;
+            if (row >= num_rows) continue;
+            const float inverse = 1.0f / total;
+            const size_t head = static_cast<size_t>(first_token + row / group) * shape.num_heads + kv_head * group + row % group;
+            bf16* to = out + head * D + 2 * t;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++)
+                store4(to + 8 * n, bf16x2_of(acc[r][n][2 * half] * inverse, acc[r][n][2 * half + 1] * inverse));
+        }
     }
 }
 
 #define PREFILL_KERNEL(name, D, Kv)                                                                              \
-    KERNEL_RESIDENT(name, 256, 1, bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_cache, const int* cu_seqlens,\
+    KERNEL_RESIDENT(name, 128, 2, bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_cache, const int* cu_seqlens,\
                     const int* context_lens, const int* block_tables, int num_heads, int num_kv_heads, int table_stride,\
                     float scale) {                                                                                     \
         DYNAMIC_SHARED(shared);                                                                                  \

@@ -47,6 +47,8 @@ DEVICE u32 shuffle_xor(u32 x, int lanes) { return __shfl_xor_sync(0xffffffffu, x
 DEVICE u32 shuffle_from(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 shuffle_up(u32 x, int lanes) { return __shfl_up_sync(0xffffffffu, x, lanes); }
 
+DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(u32 x) { return __uint_as_float(x); }
 

@@ -461,6 +461,13 @@ inline unsigned shuffle_from(unsigned x, int lane) {
 inline unsigned shuffle_up(unsigned x, int lanes) {
     return shuffle_by("shuffle_up", x, lanes, [](unsigned lane, unsigned by) { return lane >= by ? lane - by : lane; });
 }
+inline bool any_lane(bool x) {
+    return emulate::together<bool, bool>("any_lane", x, [](emulate::Warp& warp) {
+        bool any = false;
+        for (unsigned lane = 0; lane < emulate::LANES; lane++) any |= emulate::get<bool>(warp, lane);
+        for (unsigned lane = 0; lane < emulate::LANES; lane++) emulate::put(warp, lane, any);
+    });
+}
 
 inline uint4 load16(const void* p) { return emulate::load<uint4>(p); }
 inline uint2 load8(const void* p) { return emulate::load<uint2>(p); }

@@ -16,7 +16,11 @@ REFUSED = 2
 
 
 class Failed(Exception):
-    """A check or benchmark that came out wrong."""
+    """A check or benchmark that came out wrong, and what it came to."""
+
+    def __init__(self, reason, numbers=None):
+        super().__init__(reason)
+        self.numbers = numbers
 
 
 class Skipped(Exception):

@@ -23,6 +23,7 @@ import time
 
 import benchmarks
 import checks
+from benchmarks import FP8
 from checks import GOLDEN
 from processes import Failed, Log, Skipped, free_port, last_line, run
 
@@ -89,10 +90,10 @@ class Suite:
             raise Failed(f"--model: there is no file {self.given_model}")
         raise Skipped(f"{MODEL_NAME} is neither given with --model nor in the cache folder")
 
-    def model_arguments(self):
+    def model_arguments(self, batched_tokens=2048):
         return [self.shape, "--load-format", "dummy", "--device", "cuda", *(
             ["--max-model-len", 256, "--max-num-batched-tokens", 48, "--kv-cache-memory-bytes", "8MiB"] if self.small
-            else ["--max-model-len", 4096, "--max-num-batched-tokens", 2048])]
+            else ["--max-model-len", 4096, "--max-num-batched-tokens", batched_tokens])]
 
     def scaled(self, at_once):
         return min(at_once, 3) if self.small else at_once
@@ -137,7 +138,8 @@ class Suite:
         if missing:
             limits["missing"] = missing
         self.report["limits"] = limits
-        self.floors = benchmarks.Floors(json.loads((self.shape / "config.json").read_text()), limits)
+        config = json.loads((self.shape / "config.json").read_text())
+        self.floors = lambda of: benchmarks.Floors(config, limits, of)
 
     def item(self, kind, name, needs_s, body):
         """Carries out one check or benchmark, if there is time for it, and notes what came of it."""
@@ -156,7 +158,7 @@ class Suite:
         except Skipped as error:
             entry |= {"status": "skipped", "reason": str(error)}
         except Failed as error:
-            entry |= {"status": "failed", "reason": str(error)}
+            entry |= {"status": "failed", "reason": str(error), "numbers": error.numbers}
         except (KeyError, IndexError, TypeError, ValueError, OSError) as error:
             # An answer of another form than expected; the next item may do better.
             entry |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
@@ -180,6 +182,7 @@ class Suite:
             ("dummy-d64 bf16 beside the CPU", 10, checks.dummy(d64, "--dummy-weights", "bf16")),
             ("dummy-d128 bf16 beside the CPU", 10, checks.dummy(d128, "--dummy-weights", "bf16")),
             ("graphs on and off", 10, checks.graphs),
+            ("the same again", 10, checks.repeats),
             ("the real model beside transformers", 15, checks.golden),
         ]
         more_checks = [
@@ -193,8 +196,10 @@ class Suite:
         ]
         speeds = [
             ("decode", 40, benchmarks.decode(1, 32, 64)),
-            ("server", 60, benchmarks.server),
-            ("decode of many", 50, benchmarks.decode(256, requests=256)),
+            ("server", 60, benchmarks.server()),
+            ("fp8: decode", 40, benchmarks.decode(1, 64, of=FP8)),
+            ("fp8: server", 60, benchmarks.server(of=FP8)),
+            ("decode of many", 50, benchmarks.decode(256, requests=256, batched_tokens=16384)),
             ("transformers", 60, benchmarks.transformers),
         ]
         if self.small:

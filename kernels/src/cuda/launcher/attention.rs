@@ -87,9 +87,9 @@ pub fn attention_prefill(attention: Attention, sequences: Sequences, max_tokens:
         sequences.table_stride.into(),
         attention.scale.into(),
     ];
-    Launch::new("attention_prefill", kernel, [tiles, num_kv_heads, sequences.num_sequences], 256, args)
-        // Keys and values, two buffers, bf16.
-        .with_shared_bytes(2 * 2 * KEYS * head_dim * 2)
+    Launch::new("attention_prefill", kernel, [tiles, num_kv_heads, sequences.num_sequences], 128, args)
+        // Queries; keys and values, two buffers; bf16.
+        .with_shared_bytes((ROWS + 2 * 2 * KEYS) * head_dim * 2)
 }
 
 /// Work shared out over parts of a sequence's context.
