@@ -42,23 +42,25 @@ DEVICE void copy_piece(bf16* to, const fp8* from, bool valid) {
     store16(to, x);
 }
 
-// Keys and values of positions first..first + 64.
+// Keys and values of a tile; `k_cache` and `v_cache` are those of block 0 of the KV head.
 template <int D, class Kv>
-DEVICE void load_tile(bf16* keys, bf16* values, const Kv* k_cache, const Kv* v_cache, const int* table, int kv_head,
-                      int num_kv_heads, int first, int length) {
-    constexpr int PIECES = D / 8;
-    // No more addresses at once than there are registers for.
-#pragma unroll 2
-    for (int i = 0; i < KEYS * PIECES / THREADS; i++) {
-        const int n = i * THREADS + threadIdx.x, row = n / PIECES, piece = n % PIECES, position = first + row;
-        const bool valid = position < length;
-        size_t from = 0;
-        if (valid) {
-            const size_t block = table[position / BLOCK_SIZE];
-            from = ((block * num_kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * D + 8 * piece;
+DEVICE void load_tile(bf16* keys, bf16* values, const Kv* k_cache, const Kv* v_cache, const int* table, int tile, int length,
+                      size_t block_values) {
+    constexpr int PIECES = D / 8, ROWS_AT_ONCE = THREADS / PIECES;
+    const int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    // Half a tile at a time: there are no registers for more addresses.
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+        const int begin = tile * KEYS + half * (KEYS / 2), last_block = (length - 1) / BLOCK_SIZE;
+        const int ids[2] = {table[min_of(begin / BLOCK_SIZE, last_block)], table[min_of(begin / BLOCK_SIZE + 1, last_block)]};
+#pragma unroll
+        for (int i = 0; i < KEYS / 2 / ROWS_AT_ONCE; i++) {
+            const int row = half * (KEYS / 2) + i * ROWS_AT_ONCE + first;
+            const size_t in_block = (i * ROWS_AT_ONCE % BLOCK_SIZE + first) * D + 8 * piece;
+            const size_t from = ids[i * ROWS_AT_ONCE / BLOCK_SIZE] * block_values + in_block;
+            copy_piece(at<D>(keys, row, piece), k_cache + from, tile * KEYS + row < length);
+            copy_piece(at<D>(values, row, piece), v_cache + from, tile * KEYS + row < length);
         }
-        copy_piece(at<D>(keys, row, piece), k_cache + from, valid);
-        copy_piece(at<D>(values, row, piece), v_cache + from, valid);
     }
     cp_async_commit();
 }
@@ -115,8 +117,8 @@ template <int D, class Kv>
 DEVICE void attend(bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_cache, const int* cu_seqlens,
                    const int* context_lens, const int* block_tables, const Shape& shape, bf16* shared) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    // Late rows see the most keys, so they begin first.
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS, kv_head = blockIdx.y, sequence = blockIdx.z;
+    // Late rows see the most keys, so they begin first, those of all heads: what is left at the end is short.
+    const int first_row = (gridDim.y - 1 - blockIdx.y) * ROWS, kv_head = blockIdx.x, sequence = blockIdx.z;
     const int first_token = cu_seqlens[sequence], num_tokens = cu_seqlens[sequence + 1] - first_token;
     const int group = shape.num_heads / shape.num_kv_heads, num_rows = num_tokens * group;
     const int context_len = context_lens[sequence], length = context_len + num_tokens;
@@ -142,7 +144,10 @@ DEVICE void attend(bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_ca
     const int last_position = context_len + row_at(ROWS - 1) / group;
     const int num_tiles = last_position / KEYS + 1;
     // Keys and values of one buffer, then of the other.
-    load_tile<D>(tiles, tiles + TILE, k_cache, v_cache, table, kv_head, shape.num_kv_heads, 0, length);
+    const size_t block_values = static_cast<size_t>(shape.num_kv_heads) * BLOCK_SIZE * D;
+    k_cache += kv_head * (BLOCK_SIZE * D);
+    v_cache += kv_head * (BLOCK_SIZE * D);
+    load_tile<D>(tiles, tiles + TILE, k_cache, v_cache, table, 0, length, block_values);
 
     float acc[2][D / 8][4] = {}, max[2][2], sum[2][2] = {};
 #pragma unroll
@@ -168,8 +173,7 @@ DEVICE void attend(bf16* out, const bf16* qkv, const Kv* k_cache, const Kv* v_ca
         bf16* values = keys + TILE;
         if (tile + 1 < num_tiles) {
             bf16* next = tiles + (tile + 1) % 2 * (2 * TILE);
-            load_tile<D>(next, next + TILE, k_cache, v_cache, table, kv_head, shape.num_kv_heads, (tile + 1) * KEYS,
-                         length);
+            load_tile<D>(next, next + TILE, k_cache, v_cache, table, tile + 1, length, block_values);
             cp_async_wait<1>();
         } else {
             cp_async_wait<0>();

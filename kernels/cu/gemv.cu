@@ -23,6 +23,9 @@ static constexpr int WARPS = 8;
 static constexpr int ROWS = 16;
 static constexpr int TOKENS = 8;
 static constexpr int UNIT = 32;
+// What is asked for of each row before the launch before is over: while that one comes to its end, and while partial sums
+// come together, memory would have nothing to do.
+static constexpr int PREFETCH_BYTES = 8192;
 // Partial sums of a tile: tokens are this far apart, which keeps lanes in different banks.
 static constexpr int STRIDE = 20;
 
@@ -39,6 +42,7 @@ struct Bf16Weights {
         f[2] = raw.z;
         f[3] = raw.w;
     }
+    METHOD void prefetch(size_t row, int size) const { prefetch_l2(values + row * size, min_of(2 * size, PREFETCH_BYTES)); }
     METHOD float row_scale(int) const { return 1.0f; }
 };
 
@@ -57,6 +61,7 @@ struct Fp8Weights {
         f[2] = b.x;
         f[3] = b.y;
     }
+    METHOD void prefetch(size_t row, int size) const { prefetch_l2(values + row * size, min_of(size, PREFETCH_BYTES)); }
     METHOD float row_scale(int row) const { return scales[row]; }
 };
 
@@ -82,6 +87,7 @@ struct Q8Weights {
         f[2] = bf16x2_of(at<0>(b), at<1>(b));
         f[3] = bf16x2_of(at<2>(b), at<3>(b));
     }
+    METHOD void prefetch(size_t row, int size) const { prefetch_l2(values + row * size, min_of(size, PREFETCH_BYTES)); }
     METHOD float row_scale(int) const { return 1.0f; }
 };
 
@@ -108,6 +114,9 @@ struct Q4Weights {
         f[1] = pair(second);
         f[2] = pair(first >> 4);
         f[3] = pair(second >> 4);
+    }
+    METHOD void prefetch(size_t row, int size) const {
+        prefetch_l2(values + row * (size / 2), min_of(size / 2, PREFETCH_BYTES));
     }
     METHOD float row_scale(int) const { return 1.0f; }
 };
@@ -239,6 +248,10 @@ DEVICE void gemv(const W& w, const bf16* x, int num_tokens, int num_columns, int
     Loaded<W, TILES> even = {}, odd = {};
     int group = warp;
     if (group < num_groups) load_group(even, w, rows, group, t, size);
+    if (threadIdx.x < TILES * ROWS) {
+        const int row = threadIdx.x % ROWS, tile = threadIdx.x / ROWS;
+        w.prefetch(static_cast<size_t>(tile) * num_columns + min_of(first_column + row, num_columns - 1), size);
+    }
     // Weights are as they were loaded: only what follows depends on other launches.
     wait_for_previous_launch();
     while (group < num_groups) {

@@ -87,7 +87,7 @@ pub fn attention_prefill(attention: Attention, sequences: Sequences, max_tokens:
         sequences.table_stride.into(),
         attention.scale.into(),
     ];
-    Launch::new("attention_prefill", kernel, [tiles, num_kv_heads, sequences.num_sequences], 128, args)
+    Launch::new("attention_prefill", kernel, [num_kv_heads, tiles, sequences.num_sequences], 128, args)
         // Queries; keys and values, two buffers; bf16.
         .with_shared_bytes((ROWS + 2 * 2 * KEYS) * head_dim * 2)
 }
