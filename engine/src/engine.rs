@@ -37,6 +37,8 @@ pub struct Engine {
     recorder: Recorder,
     num_steps: u64,
     stopping: bool,
+    /// The executor's device computed the last step beside the engine, and will do so with the next.
+    computes_beside: bool,
     /// Requests in flight with something to say, until it is said.
     touched: Vec<u64>,
     /// Outlets of ended requests, until their last events are out.
@@ -122,6 +124,7 @@ impl Engine {
             recorder,
             num_steps: 0,
             stopping: false,
+            computes_beside: false,
             touched: Vec::new(),
             departing: Vec::new(),
         };
@@ -140,7 +143,10 @@ impl Engine {
             return StepStatus::Stopped;
         }
         self.publish();
-        self.emit();
+        // While the device computes the next step there is time for what this one brought.
+        if !(worked && self.computes_beside) {
+            self.emit();
+        }
         self.recorder.step_ended(self.shared.environment.clock.now());
         if worked { StepStatus::Worked } else { StepStatus::Idle }
     }
@@ -246,9 +252,11 @@ impl Engine {
     /// False when there was nothing to do.
     fn run_step(&mut self, begin: Instant) -> bool {
         let requests = &self.requests;
-        let has_room = |key: &SequenceKey| requests[&key.serial].outlet.has_room();
+        let flushes_before = self.computes_beside;
+        let has_room = |key: &SequenceKey| requests[&key.serial].outlet.has_room(flushes_before);
         let mut schedule = self.scheduler.schedule(has_room);
         if schedule.keys.is_empty() {
+            self.computes_beside = false;
             self.note_nothing_to_resume();
             return schedule.preempted;
         }
@@ -262,8 +270,18 @@ impl Engine {
         }
         let start = self.shared.environment.clock.now();
         let (rows, targets) = rows_of(&schedule, &self.scheduler, &self.requests);
-        let result = self.executor.run(&schedule.plan, &rows);
-        drop(rows);
+        let begun = self.executor.begin(&schedule.plan, &rows);
+        self.computes_beside = matches!(begun, Ok(true));
+        let result = match begun {
+            Ok(false) => self.executor.run(&schedule.plan, &rows),
+            Ok(true) => {
+                drop(rows);
+                self.emit();
+                let (rows, _) = rows_of(&schedule, &self.scheduler, &self.requests);
+                self.executor.finish(&schedule.plan, &rows)
+            }
+            Err(error) => Err(error),
+        };
         let end = self.shared.environment.clock.now();
 
         self.scheduler.blocks_mut().finish_step();

@@ -177,7 +177,7 @@ impl Outlet {
         if self.unsent.is_empty() {
             return true;
         }
-        if !self.has_room() {
+        if !self.has_room_for(1) {
             return false;
         }
         // An error means that the reader is gone; its cancellation is on the way.
@@ -198,18 +198,22 @@ impl Outlet {
         }
     }
 
-    /// Whether the events of one more step can be sent, with those that wait already. When not, the reader
-    /// wakes the step thread once it has read.
-    pub(crate) fn has_room(&self) -> bool {
+    /// Whether the events of one more step can be sent: with those that wait already, or after them if these leave
+    /// by themselves in between. When not, the reader wakes the step thread once it has read.
+    pub(crate) fn has_room(&self, flushes_before: bool) -> bool {
+        self.has_room_for(1 + usize::from(flushes_before && !self.unsent.is_empty()))
+    }
+
+    fn has_room_for(&self, messages: usize) -> bool {
         // Only the step thread sends: room seen before a step is there after it.
-        if self.sender.capacity() > 0 {
+        if self.sender.capacity() >= messages {
             return true;
         }
         // The wish first, then a second look: a reader that read in between either sees the wish or made this
         // room.
         self.shared.wants_room.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        self.sender.capacity() > 0
+        self.sender.capacity() >= messages
     }
 }
 
@@ -231,7 +235,7 @@ mod tests {
             outlet.push(token(i));
             assert!(outlet.flush());
         }
-        assert!(!outlet.has_room());
+        assert!(!outlet.has_room(false));
         outlet.push(Event::Finished { choice: 0, reason: FinishReason::Length });
         assert!(!outlet.flush());
         assert_eq!(reader.blocking_next(), Some(vec![token(0)]));

@@ -26,22 +26,34 @@ struct Shape {
     float scale;
 };
 
-// Eight values as four pairs.
-DEVICE void load_pairs(u32 (&x)[4], const bf16* p) {
-    const uint4 all = pass16(p);
-    x[0] = all.x;
-    x[1] = all.y;
-    x[2] = all.z;
-    x[3] = all.w;
-}
-DEVICE void load_pairs(u32 (&x)[4], const fp8* p) {
-    const uint2 all = pass8(p);
-    const uint2 a = bf16x4_of_fp8(all.x), b = bf16x4_of_fp8(all.y);
-    x[0] = a.x;
-    x[1] = a.y;
-    x[2] = b.x;
-    x[3] = b.y;
-}
+// Eight values as they come from memory: turned into pairs only where they are multiplied, or that would wait for them.
+template <class Kv>
+struct Eight;
+template <>
+struct Eight<bf16> {
+    uint4 raw;
+    METHOD void load(const bf16* p) { raw = pass16(p); }
+    METHOD void clear() { raw = uint4{0, 0, 0, 0}; }
+    METHOD void pairs(u32 (&x)[4]) const {
+        x[0] = raw.x;
+        x[1] = raw.y;
+        x[2] = raw.z;
+        x[3] = raw.w;
+    }
+};
+template <>
+struct Eight<fp8> {
+    uint2 raw;
+    METHOD void load(const fp8* p) { raw = pass8(p); }
+    METHOD void clear() { raw = uint2{0, 0}; }
+    METHOD void pairs(u32 (&x)[4]) const {
+        const uint2 a = bf16x4_of_fp8(raw.x), b = bf16x4_of_fp8(raw.y);
+        x[0] = a.x;
+        x[1] = a.y;
+        x[2] = b.x;
+        x[3] = b.y;
+    }
+};
 
 // One warp's softmax over the keys it has seen: of rows g and g + 8.
 template <int D>
@@ -52,40 +64,45 @@ struct Partial {
 
 // Keys g and g + 8 of a block.
 template <int D, class Kv>
-DEVICE void load_keys(u32 (&k)[2][D / 32][4], const Kv* keys, int g, int t) {
+DEVICE void load_keys(Eight<Kv> (&k)[2][D / 32], const Kv* keys, int g, int t) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) load_pairs(k[half][i], keys + (8 * half + g) * D + 32 * i + 8 * t);
+        for (int i = 0; i < D / 32; i++) k[half][i].load(keys + (8 * half + g) * D + 32 * i + 8 * t);
     }
 }
 
 // Scores of 16 keys of one block: s[0] those of keys 2t, 2t+1, s[1] those of keys 2t+8, 2t+9.
-template <int D>
-DEVICE void multiply_keys(float (&s)[2][4], const u32 (&q)[D / 32][2][4], const u32 (&k)[2][D / 32][4]) {
+template <int D, class Kv>
+DEVICE void multiply_keys(float (&s)[2][4], const u32 (&q)[D / 32][2][4], const Eight<Kv> (&k)[2][D / 32]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
-            mma_bf16(s[half], q[i][0], k[half][i][0], k[half][i][1]);
-            mma_bf16(s[half], q[i][1], k[half][i][2], k[half][i][3]);
+            u32 pairs[4];
+            k[half][i].pairs(pairs);
+            mma_bf16(s[half], q[i][0], pairs[0], pairs[1]);
+            mma_bf16(s[half], q[i][1], pairs[2], pairs[3]);
         }
     }
 }
 
-template <int D>
-DEVICE void add_values(Partial<D>& partial, const float (&p)[2][4], const u32 (&v)[D / 64][4][4]) {
+template <int D, class Kv>
+DEVICE void add_values(Partial<D>& partial, const float (&p)[2][4], const Eight<Kv> (&v)[D / 64][4]) {
     const u32 a[4] = {bf16x2_of(p[0][0], p[0][1]), bf16x2_of(p[0][2], p[0][3]), bf16x2_of(p[1][0], p[1][1]),
                       bf16x2_of(p[1][2], p[1][3])};
 #pragma unroll
     for (int i = 0; i < D / 64; i++) {
+        u32 x[4][4];
+#pragma unroll
+        for (int key = 0; key < 4; key++) v[i][key].pairs(x[key]);
 #pragma unroll
         for (int pair = 0; pair < 4; pair++) {
             // Both values of a pair, each beside its neighbour key's.
-            mma_bf16(partial.acc[8 * i + 2 * pair], a, permute_bytes<0x5410>(v[i][0][pair], v[i][1][pair]),
-                     permute_bytes<0x5410>(v[i][2][pair], v[i][3][pair]));
-            mma_bf16(partial.acc[8 * i + 2 * pair + 1], a, permute_bytes<0x7632>(v[i][0][pair], v[i][1][pair]),
-                     permute_bytes<0x7632>(v[i][2][pair], v[i][3][pair]));
+            mma_bf16(partial.acc[8 * i + 2 * pair], a, permute_bytes<0x5410>(x[0][pair], x[1][pair]),
+                     permute_bytes<0x5410>(x[2][pair], x[3][pair]));
+            mma_bf16(partial.acc[8 * i + 2 * pair + 1], a, permute_bytes<0x7632>(x[0][pair], x[1][pair]),
+                     permute_bytes<0x7632>(x[2][pair], x[3][pair]));
         }
     }
 }
@@ -151,18 +168,18 @@ DEVICE void attend(bf16* out, float* partial_acc, float* partial_max, float* par
     const auto unit_of = [&](int id) {
         return (static_cast<size_t>(id) * shape.num_kv_heads + kv_head) * (BLOCK_SIZE * D);
     };
-    u32 k[2][D / 32][4];
+    Eight<Kv> k[2][D / 32];
     if (block < end) load_keys<D>(k, k_cache + unit_of(id), g, t);
     for (; block < end; block += WARPS) {
         const int first_position = block * BLOCK_SIZE;
         const Kv* values = v_cache + unit_of(id);
-        u32 v[D / 64][4][4];
+        Eight<Kv> v[D / 64][4];
 #pragma unroll
         for (int i = 0; i < D / 64; i++) {
 #pragma unroll
             for (int key = 0; key < 4; key++) {
                 const int slot = 2 * t + key % 2 + 8 * (key / 2);
-                load_pairs(v[i][key], values + slot * D + 64 * i + 8 * g);
+                v[i][key].load(values + slot * D + 64 * i + 8 * g);
             }
         }
         float s[2][4] = {};
@@ -175,9 +192,7 @@ DEVICE void attend(bf16* out, float* partial_acc, float* partial_max, float* par
             for (int i = 0; i < D / 64; i++) {
 #pragma unroll
                 for (int key = 0; key < 4; key++) {
-                    const bool filled = first_position + 2 * t + key % 2 + 8 * (key / 2) < length;
-#pragma unroll
-                    for (int pair = 0; pair < 4; pair++) v[i][key][pair] = filled ? v[i][key][pair] : 0;
+                    if (first_position + 2 * t + key % 2 + 8 * (key / 2) >= length) v[i][key].clear();
                 }
             }
         }

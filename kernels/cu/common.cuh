@@ -79,13 +79,6 @@ DEVICE u32 stream4(const void* p) {
     return x;
 }
 
-// Asks for memory to come into the L2 cache, from sm_90 on; both numbers are multiples of 16.
-DEVICE void prefetch_l2(const void* p, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
-
 // As stream16 and stream8, of what an earlier launch may have written while this one already waited for it.
 DEVICE uint4 pass16(const void* p) {
     uint4 x;

@@ -477,9 +477,6 @@ inline void store8(void* p, uint2 x) { emulate::store(p, x); }
 inline void store4(void* p, unsigned x) { emulate::store(p, x); }
 inline uint4 stream16(const void* p) { return load16(p); }
 inline uint2 stream8(const void* p) { return load8(p); }
-inline void prefetch_l2(const void* p, int bytes) {
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0 || bytes % 16 != 0) emulate::fail("a prefetch is not aligned");
-}
 inline uint4 pass16(const void* p) { return load16(p); }
 inline uint2 pass8(const void* p) { return load8(p); }
 inline unsigned stream4(const void* p) { return load4(p); }

@@ -23,15 +23,12 @@ static constexpr int WARPS = 8;
 static constexpr int ROWS = 16;
 static constexpr int TOKENS = 8;
 static constexpr int UNIT = 32;
-// What is asked for of each row before the launch before is over: while that one comes to its end, and while partial sums
-// come together, memory would have nothing to do.
-static constexpr int PREFETCH_BYTES = 8192;
 // Partial sums of a tile: tokens are this far apart, which keeps lanes in different banks.
 static constexpr int STRIDE = 20;
 
 struct Bf16Weights {
     using Raw = uint4;
-    static constexpr int GROUP = 4;
+    static constexpr int GROUP = 4, GROUP_OF_TWO = 2;
     static constexpr bool NIBBLES = false, SCALED = false, WITH_MIN = false;
     const bf16* values;
 
@@ -42,13 +39,13 @@ struct Bf16Weights {
         f[2] = raw.z;
         f[3] = raw.w;
     }
-    METHOD void prefetch(size_t row, int size) const { prefetch_l2(values + row * size, min_of(2 * size, PREFETCH_BYTES)); }
     METHOD float row_scale(int) const { return 1.0f; }
 };
 
 struct Fp8Weights {
     using Raw = uint2;
-    static constexpr int GROUP = 4;
+    // Nearly as many bytes on their way as of bf16.
+    static constexpr int GROUP = 8, GROUP_OF_TWO = 3;
     static constexpr bool NIBBLES = false, SCALED = false, WITH_MIN = false;
     const fp8* values;
     const float* scales;
@@ -61,13 +58,12 @@ struct Fp8Weights {
         f[2] = b.x;
         f[3] = b.y;
     }
-    METHOD void prefetch(size_t row, int size) const { prefetch_l2(values + row * size, min_of(size, PREFETCH_BYTES)); }
     METHOD float row_scale(int row) const { return scales[row]; }
 };
 
 struct Q8Weights {
     using Raw = uint2;
-    static constexpr int GROUP = 4;
+    static constexpr int GROUP = 4, GROUP_OF_TWO = 2;
     static constexpr bool NIBBLES = false, SCALED = true, WITH_MIN = false;
     const signed char* values;
     const unsigned short* scales;
@@ -87,14 +83,13 @@ struct Q8Weights {
         f[2] = bf16x2_of(at<0>(b), at<1>(b));
         f[3] = bf16x2_of(at<2>(b), at<3>(b));
     }
-    METHOD void prefetch(size_t row, int size) const { prefetch_l2(values + row * size, min_of(size, PREFETCH_BYTES)); }
     METHOD float row_scale(int) const { return 1.0f; }
 };
 
 template <bool MINS>
 struct Q4Weights {
     using Raw = u32;
-    static constexpr int GROUP = 4;
+    static constexpr int GROUP = 4, GROUP_OF_TWO = 4;
     static constexpr bool NIBBLES = true, SCALED = true, WITH_MIN = MINS;
     const unsigned char* values;
     const unsigned short* scales;
@@ -115,9 +110,6 @@ struct Q4Weights {
         f[2] = pair(first >> 4);
         f[3] = pair(second >> 4);
     }
-    METHOD void prefetch(size_t row, int size) const {
-        prefetch_l2(values + row * (size / 2), min_of(size / 2, PREFETCH_BYTES));
-    }
     METHOD float row_scale(int) const { return 1.0f; }
 };
 
@@ -125,7 +117,7 @@ struct Q4Weights {
 template <class W, int TILES>
 struct Loaded {
     // What is on its way has to fit into registers beside what is multiplied.
-    static constexpr int GROUP = W::GROUP / (sizeof(typename W::Raw) > 4 ? TILES : 1);
+    static constexpr int GROUP = TILES == 1 ? W::GROUP : W::GROUP_OF_TWO;
     typename W::Raw values[TILES][2][GROUP];
     float scale[TILES][2], min[TILES][2];
 };
@@ -248,10 +240,6 @@ DEVICE void gemv(const W& w, const bf16* x, int num_tokens, int num_columns, int
     Loaded<W, TILES> even = {}, odd = {};
     int group = warp;
     if (group < num_groups) load_group(even, w, rows, group, t, size);
-    if (threadIdx.x < TILES * ROWS) {
-        const int row = threadIdx.x % ROWS, tile = threadIdx.x / ROWS;
-        w.prefetch(static_cast<size_t>(tile) * num_columns + min_of(first_column + row, num_columns - 1), size);
-    }
     // Weights are as they were loaded: only what follows depends on other launches.
     wait_for_previous_launch();
     while (group < num_groups) {

@@ -125,6 +125,7 @@ fn run(seed: u64, with_breaks: bool) -> Snapshot {
     };
     let (executor, faults) = FakeExecutor::with_logits_rows(&config, bounds.max_logits_rows);
     let oracle = Oracle { bad_token: rng.once_in(4).then_some(30) };
+    faults.computes_beside.store(rng.once_in(2), Ordering::Relaxed);
     faults.bad_token.store(oracle.bad_token.unwrap_or(0).into(), Ordering::Relaxed);
     let (mut engine, handle) = Engine::with_bounds(executor, config.clone(), environment, bounds);
 

@@ -22,25 +22,36 @@ const SPIN: Duration = Duration::from_millis(20);
 pub(crate) struct CudaExecutor {
     step: CudaStep,
     batch: ForwardBatch,
+    /// When the step was begun.
+    start: Instant,
 }
 
 impl CudaExecutor {
     /// Takes a model that has its KV memory.
     pub(crate) fn new(step: CudaStep) -> Self {
-        Self { step, batch: ForwardBatch::default() }
+        Self { step, batch: ForwardBatch::default(), start: Instant::now() }
     }
 }
 
 impl Executor for CudaExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
+        self.begin(plan, rows)?;
+        self.finish(plan, rows)
+    }
+
+    fn begin(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<bool, ExecutorError> {
         prepare(plan, &mut self.batch);
-        let start = Instant::now();
+        self.start = Instant::now();
         self.step.queue(&self.batch, rows, None)?;
+        Ok(true)
+    }
+
+    fn finish(&mut self, _: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
         if !wait_for_device(&self.step)? {
             let message = format!("the GPU was not done with a step in {} s", STEP_DEADLINE.as_secs());
             return Err(ExecutorError { message, kind: ExecutorErrorKind::Fatal });
         }
-        let forward = start.elapsed();
+        let forward = self.start.elapsed();
         Ok(StepOutput { rows: self.step.collect(&self.batch, rows)?, forward })
     }
 

@@ -21,6 +21,17 @@ pub trait Executor: Send {
     /// NaN included.
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError>;
 
+    /// The first half of [`Executor::run`], where a device computes beside the engine: begins a step and does not wait. False if there
+    /// is no such device: nothing was begun, and `run` does it all.
+    fn begin(&mut self, _plan: &StepPlan, _rows: &[SampleRow<'_>]) -> Result<bool, ExecutorError> {
+        Ok(false)
+    }
+
+    /// The other half: waits for the step that was begun, which was of the same plan and rows.
+    fn finish(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
+        self.run(plan, rows)
+    }
+
     /// How the executor is. Called before every step, and at least ten times a second while nothing runs;
     /// must not wait. `in_flight`: requests that were taken and have not ended. When the last answer did not
     /// admit any, and none is left, the group can pause.

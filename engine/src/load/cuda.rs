@@ -247,6 +247,9 @@ impl Inspected {
         step.model.allocate_kv(plan.num_blocks).map_err(CudaLoadError::from)?;
         step.model.record(None).map_err(|error| ExecutorError::fatal(error.to_string()))?;
         phases.end("memory for KV, recording steps");
+        for product in step.model.skinny_products() {
+            tracing::debug!(%product, "by the kernel for few tokens");
+        }
         let engine = self.engine_config(options, &plan);
         let config = &self.files.config;
         let backend = BackendInfo {

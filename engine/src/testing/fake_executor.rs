@@ -26,6 +26,8 @@ pub(crate) struct Faults {
     /// Steps of a number divisible by this fail. 0 is none.
     pub(crate) fail_every: AtomicU64,
     pub(crate) fail_fatally: AtomicBool,
+    /// Steps are begun, and what they compute is seen when they are finished.
+    pub(crate) computes_beside: AtomicBool,
     /// Milliseconds that each step takes.
     pub(crate) step_ms: AtomicU64,
     pub(crate) steps: AtomicU64,
@@ -227,6 +229,10 @@ impl Executor for FakeExecutor {
         let drew = drew.map(|(row, _)| owners[row.logits_row as usize]).collect();
         self.group.ran(plan.sequences.iter().map(|sequence| sequence.request), drew, &self.faults.group);
         Ok(StepOutput { rows: answers, ..StepOutput::default() })
+    }
+
+    fn begin(&mut self, _: &StepPlan, _: &[SampleRow<'_>]) -> Result<bool, ExecutorError> {
+        Ok(self.faults.computes_beside.load(Ordering::Relaxed))
     }
 
     fn poll(&mut self, in_flight: usize) -> ExecutorStatus {

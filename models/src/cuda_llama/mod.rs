@@ -391,23 +391,38 @@ impl CudaLlama {
     /// Records a step of every bucket. Each is run once before, on dummy rows that write to no block.
     fn record_graphs(&mut self, others: &mut Others<'_>) -> Result<(), DeviceCommError> {
         let most = self.options.max_tokens.min(self.options.max_seqs).min(self.options.max_logits_rows);
-        for rows in GRAPH_BUCKETS.into_iter().filter(|rows| *rows <= most) {
-            let shape = Shape { tokens: rows, logits_rows: rows };
-            let runs = [Run { first: 0, count: rows, tokens: rows, max_tokens: 1 }];
-            self.work
-                .arrays
-                .upload(&ForwardBatch { cu_seqlens: vec![0], ..ForwardBatch::default() }, rows)?;
-            self.operations(shape, &runs, others)?;
-            let cuda = self.runner.cuda().clone();
-            let mut outcome = Ok(());
-            let graph = cuda.capture(|| {
-                outcome = self.operations(shape, &runs, others);
-                Ok(())
-            });
-            outcome?;
-            self.graphs.insert(rows, graph?);
+        let buckets = || GRAPH_BUCKETS.into_iter().filter(|rows| *rows <= most);
+        let dummies = ForwardBatch { cu_seqlens: vec![0], ..ForwardBatch::default() };
+        // Other ranks would have to time as many steps.
+        if others.is_none() {
+            for rows in buckets() {
+                self.work.arrays.upload(&dummies, rows)?;
+                self.choose_by_steps(rows, |model| {
+                    let mut graph = model.record_graph(rows, &mut None)?;
+                    Ok::<_, DeviceCommError>(model.replays_us(&mut graph)?)
+                })?;
+            }
+        }
+        for rows in buckets() {
+            self.work.arrays.upload(&dummies, rows)?;
+            let graph = self.record_graph(rows, others)?;
+            self.graphs.insert(rows, graph);
         }
         Ok(self.runner.cuda().synchronize()?)
+    }
+
+    fn record_graph(&mut self, rows: usize, others: &mut Others<'_>) -> Result<Graph, DeviceCommError> {
+        let shape = Shape { tokens: rows, logits_rows: rows };
+        let runs = [Run { first: 0, count: rows, tokens: rows, max_tokens: 1 }];
+        self.operations(shape, &runs, others)?;
+        let cuda = self.runner.cuda().clone();
+        let mut outcome = Ok(());
+        let graph = cuda.capture(|| {
+            outcome = self.operations(shape, &runs, others);
+            Ok(())
+        });
+        outcome?;
+        Ok(graph?)
     }
 }
 
@@ -437,8 +452,9 @@ fn num_splits(num_sms: usize, run: Run, heads: Heads) -> usize {
 
 /// Blocks of attention of head dim 128 that are in flight on one multiprocessor.
 const BLOCKS_PER_SM: usize = 2;
-/// The most parts that a context is split into.
-const MAX_SPLITS: usize = 32;
+/// The most parts that a context is split into: with eight KV heads a block for each multiprocessor, which leaves room for blocks of
+/// the next product, whose weights are on their way meanwhile.
+const MAX_SPLITS: usize = 16;
 /// Memory of their partial results.
 const PARTIAL_BYTES: usize = 64 << 20;
 

@@ -2,13 +2,14 @@
 //!
 //! Its rivals are a GEMV up to 8 tokens and the library's products beyond, followed by what these leave to other kernels. Which is
 //! best depends on the device and the shape, so it is timed at load, on the model's own layers: there are more of them than any
-//! cache holds, and neighbours overlap as they do in a step.
+//! cache holds. One product after another tells how many spans are best; whether the kernel is of use at all only whole steps tell,
+//! in which launches of different kernels overlap.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use tandem_kernels::cuda::launcher::{Epilogue, KSplits, MAX_SKINNY_TOKENS, skinny_tiles};
-use tandem_kernels::cuda::{Cuda, CudaError, DeviceBuffer, Timer};
+use tandem_kernels::cuda::{Cuda, CudaError, DeviceBuffer, Graph, Timer};
 
 use super::weight::{Format, Products, Weight};
 use super::{CudaLlama, Layer, address};
@@ -21,6 +22,10 @@ const BLOCKS_PER_SM: usize = 4;
 const MIN_SPAN_BYTES: usize = 512;
 /// Layers that are timed.
 const TIMED_LAYERS: usize = 8;
+/// A product that takes longer than its rival by this factor is not tried in whole steps.
+const NEAR: f32 = 1.1;
+/// Whole steps that are timed together.
+const TIMED_STEPS: usize = 3;
 
 /// The products of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,6 +42,8 @@ type Key = (usize, Epilogue, usize, usize);
 /// What was chosen, and the memory that it takes.
 pub(super) struct Skinny {
     chosen: HashMap<Key, usize>,
+    /// What may be worth choosing: the class of tokens, the product, its spans.
+    near: Vec<(usize, Key, usize)>,
     /// While something is timed: always so many spans, or never this kernel.
     trial: Option<Option<usize>>,
     max_blocks: usize,
@@ -67,6 +74,7 @@ impl Skinny {
         let max_blocks = BLOCKS_PER_SM * cuda.info().num_sms;
         Ok(Self {
             chosen: HashMap::new(),
+            near: Vec::new(),
             trial: None,
             max_blocks,
             partials: cuda.alloc(KSplits::partial_bytes(max_blocks))?,
@@ -145,10 +153,64 @@ impl CudaLlama {
                 if us < rival_us {
                     self.skinny.chosen.insert(key, num_splits);
                 }
+                if us < NEAR * rival_us {
+                    self.skinny.near.push((tokens, key, num_splits));
+                }
                 tuned.push(TunedSkinny { part, tokens, rival_us, num_splits, us });
             }
         }
         Ok(tuned)
+    }
+
+    /// The products that this kernel was chosen for, for the log.
+    pub fn skinny_products(&self) -> Vec<String> {
+        let mut chosen: Vec<_> = self.skinny.chosen.iter().collect();
+        chosen.sort_by_key(|&(&(tokens, _, n, k), _)| (tokens, n, k));
+        let line = |(&(tokens, epilogue, n, k), spans): (&Key, &usize)| {
+            format!("[{tokens}, {k}] · [{n}, {k}]ᵀ ({epilogue:?}) in {spans} spans")
+        };
+        chosen.into_iter().map(line).collect()
+    }
+
+    /// Chooses anew for a class of tokens, by the time of whole steps, given a step of so many tokens to be timed.
+    ///
+    /// # Errors
+    /// Those of `step_us`.
+    pub(super) fn choose_by_steps<E>(
+        &mut self,
+        tokens: usize,
+        mut step_us: impl FnMut(&mut Self) -> Result<f32, E>,
+    ) -> Result<(), E> {
+        let near: Vec<(Key, usize)> = (self.skinny.near.iter())
+            .filter(|(class, ..)| *class == tokens)
+            .map(|&(_, key, num_splits)| (key, num_splits))
+            .collect();
+        if near.is_empty() {
+            return Ok(());
+        }
+        for (key, _) in &near {
+            self.skinny.chosen.remove(key);
+        }
+        let mut best_us = step_us(self)?;
+        for (key, num_splits) in near {
+            self.skinny.chosen.insert(key, num_splits);
+            let us = step_us(self)?;
+            if us < best_us {
+                best_us = us;
+            } else {
+                self.skinny.chosen.remove(&key);
+            }
+        }
+        Ok(())
+    }
+
+    /// The time of a recorded step.
+    pub(super) fn replays_us(&self, graph: &mut Graph) -> Result<f32, CudaError> {
+        let mut timer = Timer::new(self.runner.cuda())?;
+        self.runner.replay(graph)?;
+        timer.start()?;
+        (0..TIMED_STEPS).try_for_each(|_| self.runner.replay(graph))?;
+        Ok(timer.stop_us()? / TIMED_STEPS as f32)
     }
 
     /// The mean time of a product, in so many spans of this kernel or without it.
