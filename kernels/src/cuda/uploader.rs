@@ -33,12 +33,31 @@ impl Uploader {
     /// If `to` is not as long as `values`, or of another device.
     pub fn write<T: Element>(&mut self, to: DeviceSlice<'_, T>, values: &[T]) -> Result<(), CudaError> {
         assert_eq!(to.len(), values.len(), "a slice is written whole");
-        let most = self.chunks[0].bytes() / size_of::<T>();
-        for (i, part) in values.chunks(most).enumerate() {
+        self.fill(to, 1, |first, part| part.copy_from_slice(&values[first..first + part.len()]))
+    }
+
+    /// The same of values that `fill` puts straight into pinned memory: those from a number on, always whole units of `unit` values.
+    ///
+    /// # Errors
+    /// As [`Uploader::write`].
+    ///
+    /// # Panics
+    /// If `to` is no number of units, or of another device; if a unit is larger than a pinned buffer.
+    pub fn fill<T: Element>(
+        &mut self,
+        to: DeviceSlice<'_, T>,
+        unit: usize,
+        mut fill: impl FnMut(usize, &mut [T]),
+    ) -> Result<(), CudaError> {
+        assert!(to.len().is_multiple_of(unit), "units are written whole");
+        let most = self.chunks[0].bytes() / size_of::<T>() / unit * unit;
+        assert!(most > 0, "a unit of {unit} values is too large");
+        for first in (0..to.len()).step_by(most) {
+            let len = most.min(to.len() - first);
             let chunk = &mut self.chunks[self.next];
             self.next = 1 - self.next;
-            chunk.write(0, part.len())?.copy_from_slice(part);
-            to.slice(i * most..i * most + part.len()).upload(chunk, 0)?;
+            fill(first, chunk.write(0, len)?);
+            to.slice(first..first + len).upload(chunk, 0)?;
         }
         Ok(())
     }
@@ -64,6 +83,16 @@ mod tests {
                 to.read(&mut got).unwrap();
                 assert_eq!(got, values);
             }
+            let triples = buffer.slice::<i32>(0, 99);
+            uploader
+                .fill(triples, 3, |first, part| {
+                    assert!(first.is_multiple_of(3) && part.len().is_multiple_of(3) && part.len() <= 15);
+                    part.iter_mut().enumerate().for_each(|(i, value)| *value = (first + i) as i32);
+                })
+                .unwrap();
+            let mut got = vec![0; 99];
+            triples.read(&mut got).unwrap();
+            assert_eq!(got, (0..99).collect::<Vec<i32>>());
             // The first two chunks wait for nothing; each later one for the one two before it.
             let mut uploader = Uploader::with_chunks(&cuda, 64).unwrap();
             let waits = counter(Stub::Driver, "waits");

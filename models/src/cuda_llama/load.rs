@@ -19,8 +19,6 @@ use crate::error::ModelError;
 use crate::shard::{Shard, Share, Slice, TensorParallel, vocab_rows};
 use crate::weights::{RowOrder, Tensor, WeightSource};
 
-/// Values that are converted before they go over together.
-const CHUNK_VALUES: usize = 4 << 20;
 /// What a thread must have to do to be worth starting.
 const THREAD_VALUES: usize = 256 << 10;
 
@@ -261,16 +259,11 @@ impl Loader<'_> {
         cols: &Range<usize>,
     ) -> Result<(), CudaError> {
         let width = cols.len();
-        let step = (CHUNK_VALUES / width).max(1);
-        let mut values = vec![bf16::ZERO; step.min(rows.len()) * width];
-        for first in rows.clone().step_by(step) {
-            let chunk = first..(first + step).min(rows.end);
-            let to = &mut values[..chunk.len() * width];
-            convert(matrix, order, chunk.clone(), cols, to);
-            let place = 2 * (at + (first - rows.start) * width);
-            self.uploader.borrow_mut().write(data.slice::<bf16>(place, to.len()), to)?;
-        }
-        Ok(())
+        let to = data.slice::<bf16>(2 * at, rows.len() * width);
+        self.uploader.borrow_mut().fill(to, width, |first, values| {
+            let first = rows.start + first / width;
+            convert(matrix, order, first..first + values.len() / width, cols, values);
+        })
     }
 
     /// The biases of all parts, zero where a part has none; none if no part has one.
