@@ -123,7 +123,7 @@ def bench_server(suite, of):
         limit_s = suite.left_s() - 10
         if limit_s < sizes["served_needs_s"]:
             raise Skipped(f"{limit_s:.0f} s are left for requests over HTTP, which take {sizes['served_needs_s']}")
-        requests = at_once if limit_s < 2 * sizes["served_needs_s"] else 2 * at_once
+        requests = at_once if limit_s < 4 * sizes["served_needs_s"] else 2 * at_once
         row = load(at_once, requests, prompt, output, min(limit_s, 300))
         floor = floors.served_s(requests, at_once, prompt, output)
         yield measured(f"{of.name}served, {at_once} at once, {prompt} in, {output} out", row["output_tokens_per_second"], "tok/s",

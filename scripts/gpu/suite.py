@@ -34,7 +34,7 @@ DRIVER = "/usr/local/nvidia"
 
 SIZES = {
     "decode_prompt": 1024, "decode_output": 64, "prefill_prompt": 2048, "served_at_once": 256, "served_prompt": 1000,
-    "served_output": 1000, "served_needs_s": 60, "copy_bytes": 4 << 30, "product": 8192,
+    "served_output": 1000, "served_needs_s": 45, "copy_bytes": 4 << 30, "product": 8192,
 }
 SMALL_SIZES = {
     "decode_prompt": 24, "decode_output": 4, "prefill_prompt": 48, "served_at_once": 3, "served_prompt": 20,
@@ -197,10 +197,10 @@ class Suite:
         speeds = [
             ("decode", 40, benchmarks.decode(1, 32, 64)),
             ("server", 60, benchmarks.server()),
-            ("fp8: decode", 40, benchmarks.decode(1, 64, of=FP8)),
+            ("fp8: decode", 30, benchmarks.decode(1, 64, of=FP8)),
             ("fp8: server", 60, benchmarks.server(of=FP8)),
-            ("decode of many", 50, benchmarks.decode(256, requests=256, batched_tokens=16384)),
-            ("transformers", 60, benchmarks.transformers),
+            ("decode of many", 30, benchmarks.decode(256, requests=256, batched_tokens=16384)),
+            ("transformers", 40, benchmarks.transformers),
         ]
         if self.small:
             # Every function once.
