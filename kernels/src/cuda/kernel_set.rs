@@ -41,7 +41,7 @@ impl KernelSet {
         Ok(set)
     }
 
-    /// Fills `cache` with `sources` for every architecture; needs no GPU and no driver. Returns how many were compiled, and how
+    /// Fills `cache` with `sources` for every one of `targets`; needs no GPU and no driver. Returns how many were compiled, and how
     /// many were there.
     ///
     /// # Errors
@@ -50,9 +50,10 @@ impl KernelSet {
         cache: &KernelCache,
         prelude: &str,
         sources: impl IntoIterator<Item = (&'static str, &'static str)>,
+        targets: &[Target],
     ) -> Result<(usize, usize), CudaError> {
         let compiler = Compiler::open()?;
-        let each = |(name, text)| Target::ALL.map(|target| (Source { name, prelude, text }, target));
+        let each = |(name, text)| targets.iter().map(move |target| (Source { name, prelude, text }, *target));
         let jobs: Vec<_> = sources.into_iter().flat_map(each).collect();
         let images = compile_all(&compiler, cache, &jobs)?;
         let found = images.iter().filter(|image| image.origin == Origin::Cache).count();
@@ -199,8 +200,8 @@ mod tests {
         in_child((module_path!(), test), &ALL, &[], || {
             let folder = build_dir().join(format!("kernel-set-tests/{}", std::process::id()));
             let cache = KernelCache::at(&folder);
-            assert_eq!(KernelSet::fill_cache(&cache, "before", SOURCES).unwrap(), (8, 0));
-            assert_eq!(KernelSet::fill_cache(&cache, "before", SOURCES).unwrap(), (0, 8));
+            assert_eq!(KernelSet::fill_cache(&cache, "before", SOURCES, &Target::ALL).unwrap(), (8, 0));
+            assert_eq!(KernelSet::fill_cache(&cache, "before", SOURCES, &Target::ALL).unwrap(), (0, 8));
             let compiles = counter(Stub::Nvrtc, "compiles");
             let set = KernelSet::load(&open(), &cache, "before", SOURCES).unwrap();
             assert_eq!((set.compiled(), counter(Stub::Nvrtc, "compiles")), (&[][..], compiles));
@@ -216,9 +217,9 @@ mod tests {
             let cache = KernelCache::at(&folder);
             let text = "extern \"C\" __global__ void add(int *out) { out[threadIdx.x] += N; }";
             let sources = ["a", "b", "c", "d"].map(|name| (name, text));
-            assert_eq!(KernelSet::fill_cache(&cache, "#define N 1", sources).unwrap(), (16, 0));
-            assert_eq!(KernelSet::fill_cache(&cache, "#define N 1", sources).unwrap(), (0, 16));
-            let error = KernelSet::fill_cache(&cache, "", sources).unwrap_err();
+            assert_eq!(KernelSet::fill_cache(&cache, "#define N 1", sources, &Target::ALL).unwrap(), (16, 0));
+            assert_eq!(KernelSet::fill_cache(&cache, "#define N 1", sources, &Target::ALL).unwrap(), (0, 16));
+            let error = KernelSet::fill_cache(&cache, "", sources, &Target::ALL).unwrap_err();
             assert!(
                 matches!(&error, CudaError::Compile { source_name, .. } if source_name == "a"),
                 "{error}"

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::launcher::Launch;
 use super::sources::{PRELUDE, SOURCES};
-use super::{Compiler, Cuda, CudaError, Graph, KernelCache, KernelSet, LaunchShape, Source, Target};
+use super::{Cuda, CudaError, Graph, KernelCache, KernelSet, LaunchShape, Target};
 
 /// A device with all kernels.
 #[derive(Debug)]
@@ -19,8 +19,7 @@ impl Runner {
     /// # Errors
     /// [`CudaError`] of the compiler or the driver.
     pub fn load(cuda: &Cuda, cache: &KernelCache) -> Result<Self, CudaError> {
-        let sources = SOURCES.iter().map(|source| (source.module, source.text));
-        let kernels = RefCell::new(KernelSet::load(cuda, cache, PRELUDE, sources)?);
+        let kernels = RefCell::new(KernelSet::load(cuda, cache, PRELUDE, sources())?);
         Ok(Self { cuda: cuda.clone(), kernels })
     }
 
@@ -70,10 +69,11 @@ impl Runner {
 /// # Errors
 /// [`CudaError`] of the compiler.
 pub fn fill_cache(cache: &KernelCache, target: Target) -> Result<usize, CudaError> {
-    let compiler = Compiler::open()?;
-    for source in SOURCES {
-        let source = Source { name: source.module, prelude: PRELUDE, text: source.text };
-        compiler.compile(cache, &source, target)?;
-    }
+    KernelSet::fill_cache(cache, PRELUDE, sources(), &[target])?;
     Ok(SOURCES.len())
+}
+
+/// Names and texts.
+fn sources() -> impl Iterator<Item = (&'static str, &'static str)> {
+    SOURCES.iter().map(|source| (source.module, source.text))
 }
