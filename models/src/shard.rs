@@ -189,7 +189,7 @@ pub(crate) fn vocab_rows(vocab_size: usize, Shard { rank, size }: Shard) -> Rang
 pub(crate) struct Slice<'a> {
     pub(crate) name: &'a str,
     /// All if absent.
-    rows: Option<&'a Range<usize>>,
+    pub(crate) rows: Option<&'a Range<usize>>,
     pub(crate) cols: Option<&'a Range<usize>>,
 }
 

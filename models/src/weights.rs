@@ -20,6 +20,11 @@ pub trait WeightSource: Send + Sync {
     /// [`ModelError::Tensor`] if there is no such tensor.
     fn tensor(&self, name: &str) -> Result<Tensor<'_>, ModelError>;
 
+    /// A matrix as the file has it, if that is in e4m3; [`WeightSource::tensor`] hands it out as bf16.
+    fn fp8(&self, _name: &str) -> Option<Fp8Matrix<'_>> {
+        None
+    }
+
     /// Whether there is a tensor of this name.
     fn contains(&self, name: &str) -> bool {
         self.info(name).is_some()
@@ -34,6 +39,33 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// [`ModelError::Tensor`] if there is no such tensor.
     fn sample(&self, name: &str) -> Result<Vec<u8>, ModelError>;
+}
+
+/// A matrix in e4m3.
+#[derive(Debug, Clone, Copy)]
+pub struct Fp8Matrix<'a> {
+    /// `[rows, cols]`.
+    pub codes: &'a [u8],
+    pub cols: usize,
+    pub scales: Fp8Scales<'a>,
+}
+
+/// What codes are multiplied with.
+#[derive(Debug, Clone, Copy)]
+pub enum Fp8Scales<'a> {
+    Matrix(f32),
+    /// One for each row.
+    Rows(&'a [f32]),
+}
+
+impl Fp8Matrix<'_> {
+    /// The scale of a row.
+    pub fn scale_of(&self, row: usize) -> f32 {
+        match self.scales {
+            Fp8Scales::Matrix(scale) => scale,
+            Fp8Scales::Rows(scales) => scales[row],
+        }
+    }
 }
 
 /// Four windows of 64 bytes, the first at the start and the last at the end; all of it if there is less.

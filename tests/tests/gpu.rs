@@ -1,10 +1,13 @@
 //! The GPU's backend in the real server, on a stand-in that runs its kernels on the CPU: what it computes, that its ways of computing
 //! agree, and what happens where there is no GPU.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tandem_tests::golden_path;
 use tandem_tests::pods::{children, kill, replace_flags, stream};
@@ -136,6 +139,82 @@ fn weights_and_kv_in_fp8_are_near() {
 }
 
 /// Steps that are replayed and steps that are queued operation by operation are the same operations.
+/// A checkpoint in e4m3: layer 0 with a scale for each matrix, layer 1 with one for each row.
+fn write_fp8_checkpoint(folder: &Path) {
+    let config =
+        std::fs::read_to_string(golden_path("dummy-d64").join("config.json")).expect("a configuration");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    config["quantization_config"] = json!({ "quant_method": "fp8", "activation_scheme": "dynamic" });
+    std::fs::write(folder.join("config.json"), config.to_string()).expect("written");
+    let (hidden, inner, wide, narrow) = (192, 320, 6 * 64, 2 * 64);
+    let mut state = 1u64;
+    let mut random = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let bf16 = |values: &[f32]| values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect();
+    let f32s = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let embedding: Vec<f32> = (0..500 * hidden).map(|_| (f32::from(random()) / 128.0 - 1.0) / 8.0).collect();
+    tensors.push(("model.embed_tokens.weight".into(), Dtype::BF16, vec![500, hidden], bf16(&embedding)));
+    let mut norm = |name: String| tensors.push((name, Dtype::BF16, vec![hidden], bf16(&vec![1.0; hidden])));
+    norm("model.norm.weight".into());
+    for layer in 0..2 {
+        norm(format!("model.layers.{layer}.input_layernorm.weight"));
+        norm(format!("model.layers.{layer}.post_attention_layernorm.weight"));
+    }
+    for layer in 0..2 {
+        for (part, rows, cols) in [
+            ("self_attn.q_proj", wide, hidden),
+            ("self_attn.k_proj", narrow, hidden),
+            ("self_attn.v_proj", narrow, hidden),
+            ("self_attn.o_proj", hidden, wide),
+            ("mlp.gate_proj", inner, hidden),
+            ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ] {
+            let name = format!("model.layers.{layer}.{part}.weight");
+            // Either sign, exponents of 1/8 to 1.
+            let codes = (0..rows * cols).map(|_| random() & 0x9f | 0x20).collect();
+            // A power of two for each row: what the CPU makes of it in bf16 is exact.
+            let scales: Vec<f32> =
+                (0..if layer == 0 { 1 } else { rows }).map(|i| [0.125, 0.0625][i % 2]).collect();
+            let shape = if layer == 0 { vec![] } else { vec![rows, 1] };
+            tensors.push((format!("{name}_scale"), Dtype::F32, shape, f32s(&scales)));
+            tensors.push((name, Dtype::F8_E4M3, vec![rows, cols], codes));
+        }
+    }
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        (name.as_str(), TensorView::new(*dtype, shape.clone(), data).expect("a tensor"))
+    });
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).expect("written");
+}
+
+/// Its layers stay as they are: exact, but for what rounding inputs to e4m3 does where that is asked for.
+#[test]
+fn a_checkpoint_in_fp8_gives_the_numbers_of_a_cpu() {
+    let _turn = turn();
+    let folder = tempfile::tempdir().expect("a folder");
+    write_fp8_checkpoint(folder.path());
+    let model = folder.path().to_str().expect("UTF-8");
+    let auto = ["--load-format", "auto"];
+    let exact = start(model, "cpu", &[&auto[..], &["--dtype", "f32"]].concat());
+    for (ranks, more, most) in
+        [("1", &[][..], 0.02), ("2", &[], 0.02), ("1", &["--quantization", "fp8"], 0.15)]
+    {
+        let arguments = [&auto[..], &["--tensor-parallel-size", ranks], more].concat();
+        let gpu = start(model, "cuda", &arguments);
+        for len in [5, 40, 130] {
+            let prompt = prompt(len, len);
+            let (expected, found) = (scores(&exact, &prompt), scores(&gpu, &prompt));
+            let apart: f64 = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).sum();
+            let mean = apart / found.len() as f64;
+            println!("{ranks} ranks, {more:?}, {len} tokens: {mean:.4} apart on average");
+            assert!(mean > 0.0 && mean < most, "{ranks} ranks, {more:?}: {mean} apart in {len} tokens");
+        }
+    }
+}
+
 #[test]
 fn graphs_change_nothing() {
     let _turn = turn();

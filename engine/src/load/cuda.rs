@@ -164,8 +164,9 @@ impl Inspected {
             let Some(info) = weights.info(name) else { return 0 };
             let elements = info.num_elements().unwrap_or(0);
             let is_layer = name.starts_with("model.layers.") && info.shape.len() == 2;
+            let is_fp8 = self.options.fp8_weights || weights.fp8(name).is_some();
             match is_layer {
-                true if self.options.fp8_weights => elements + 4 * info.shape[0] as u64,
+                true if is_fp8 => elements + 4 * info.shape[0] as u64,
                 true if info.dtype.is_quantized() => info.num_bytes().unwrap_or(0),
                 _ => 2 * elements,
             }

@@ -17,7 +17,7 @@ use super::{CudaLlama, CudaLlamaOptions, JoinedLogits, Layer, PARTIAL_BYTES, Wor
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::shard::{Shard, Share, Slice, TensorParallel, vocab_rows};
-use crate::weights::{RowOrder, Tensor, WeightSource};
+use crate::weights::{Fp8Matrix, RowOrder, Tensor, WeightSource};
 
 /// What a thread must have to do to be worth starting.
 const THREAD_VALUES: usize = 256 << 10;
@@ -160,6 +160,10 @@ impl Loader<'_> {
     /// One linear layer from the tensors `{name}.weight` and, where they exist, `{name}.bias`, one below the other; in blocks where
     /// the file has all of them in one type of blocks.
     fn linear(&self, parts: &[Slice<'_>]) -> Result<Weight, CudaLoadError> {
+        let in_fp8 = parts.iter().map(|part| self.weights.fp8(&format!("{}.weight", part.name)));
+        if let Some(matrices) = in_fp8.collect::<Option<Vec<_>>>() {
+            return self.fp8_matrices(parts, &matrices);
+        }
         let tensors = self.tensors(parts)?;
         let kinds = tensors.iter().map(|tensor| block_kind(tensor.dtype));
         let kind = kinds.reduce(|a, b| if a == b { a } else { None }).flatten();
@@ -199,6 +203,48 @@ impl Loader<'_> {
         }
         let bias = self.biases(parts, |index| rows[index].clone())?;
         Ok(Weight { format: Format::Bf16(data), bias, out_features, in_features: cols.len() })
+    }
+
+    /// A layer that is in e4m3 already.
+    fn fp8_matrices(&self, parts: &[Slice<'_>], matrices: &[Fp8Matrix<'_>]) -> Result<Weight, CudaLoadError> {
+        let ranges_of = |(part, matrix): (&Slice<'_>, &Fp8Matrix<'_>)| {
+            let num_rows = matrix.codes.len() / matrix.cols.max(1);
+            let (rows, cols) = (part.rows.cloned(), part.cols.cloned());
+            (rows.unwrap_or(0..num_rows), cols.unwrap_or(0..matrix.cols))
+        };
+        let ranges: Vec<_> = parts.iter().zip(matrices).map(ranges_of).collect();
+        let cols = ranges[0].1.clone();
+        let out_features: usize = ranges.iter().map(|(rows, _)| rows.len()).sum();
+        let values = self.cuda.alloc(out_features * cols.len())?;
+        let mut scales = Vec::with_capacity(out_features);
+        for ((part, matrix), (rows, part_cols)) in parts.iter().zip(matrices).zip(&ranges) {
+            if *part_cols != cols {
+                let reason = format!("has {} columns and its neighbour {}", part_cols.len(), cols.len());
+                return Err(ModelError::tensor(self.name, part.name, reason).into());
+            }
+            let to = values.slice::<u8>(scales.len() * cols.len(), rows.len() * cols.len());
+            let mut has_nan = false;
+            self.uploader.borrow_mut().fill(to, cols.len(), |first, codes| {
+                for (row, codes) in
+                    (rows.start + first / cols.len()..).zip(codes.chunks_exact_mut(cols.len()))
+                {
+                    codes.copy_from_slice(&matrix.codes[row * matrix.cols..][cols.clone()]);
+                    // Kernels read these codes as ±480.
+                    has_nan |= codes.iter().fold(false, |found, code| found | (code & 0x7f == 0x7f));
+                }
+            })?;
+            if has_nan {
+                return Err(ModelError::tensor(self.name, part.name, "holds NaN").into());
+            }
+            scales.extend(rows.clone().map(|row| matrix.scale_of(row)));
+        }
+        let on_device = self.cuda.alloc(4 * scales.len())?;
+        self.uploader.borrow_mut().write(on_device.as_slice(), &scales)?;
+        // Inputs are rounded only where that is asked for.
+        let is_multiplied = self.fp8 && self.multiplies_fp8;
+        let format = Format::Fp8 { values, scales: on_device, is_multiplied };
+        let bias = self.biases(parts, |index| ranges[index].0.clone())?;
+        Ok(Weight { format, bias, out_features, in_features: cols.len() })
     }
 
     /// A layer in a type of blocks, these taken apart.

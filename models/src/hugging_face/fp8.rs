@@ -1,10 +1,10 @@
 //! Checkpoints whose layers are e4m3 with a scale for each matrix or row (vLLM's `fp8` and `compressed-tensors` in
-//! `float-quantized` form): their matrices are handed out as bf16.
+//! `float-quantized` form): their matrices are handed out as bf16, and as they are to whoever multiplies e4m3.
 
 use half::bf16;
 
 use crate::parallel::fill_units;
-use crate::weights::spread;
+use crate::weights::{Fp8Scales, spread};
 
 /// What ends the names of tensors beside a matrix in e4m3: its scale is used, scales of inputs and of KV are not.
 pub(super) const SCALE: &str = "_scale";
@@ -39,6 +39,13 @@ impl Scales {
             Self::Rows(scales) => {
                 spread(&scales.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<_>>())
             }
+        }
+    }
+
+    pub(super) fn as_slice(&self) -> Fp8Scales<'_> {
+        match self {
+            Self::Matrix(scale) => Fp8Scales::Matrix(*scale),
+            Self::Rows(scales) => Fp8Scales::Rows(scales),
         }
     }
 

@@ -4,7 +4,7 @@ use super::fp8::{SCALE, Scales, to_bf16};
 use crate::error::{ModelError, printable};
 use crate::json::Object;
 use crate::safetensors::SafetensorsFile;
-use crate::weights::{RowOrder, Tensor, TensorInfo, WeightSource, spread};
+use crate::weights::{Fp8Matrix, RowOrder, Tensor, TensorInfo, WeightSource, spread};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -133,6 +133,13 @@ impl WeightSource for SafetensorsWeights {
             None => Cow::Borrowed(data),
         };
         Ok(Tensor { dtype: info.dtype, shape: info.shape.clone(), data, row_order: info.row_order })
+    }
+
+    fn fp8(&self, name: &str) -> Option<Fp8Matrix<'_>> {
+        let scales = self.tensors.get(name)?.scales.as_ref()?.as_slice();
+        let (info, codes) = self.find(name).ok()?;
+        let &[_, cols] = &info.shape[..] else { return None };
+        Some(Fp8Matrix { codes, cols, scales })
     }
 
     fn names(&self) -> Vec<&str> {
