@@ -1,13 +1,18 @@
 """Commands and servers that the suite starts: every wait has a deadline, and what was started is ended by its process id."""
 
+import glob
 import json
 import os
+import pathlib
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 
+# Where container runtimes put the driver if not among the system's libraries.
+DRIVER = "/usr/local/nvidia"
 READY_S = 120
 REQUEST_S = 60
 STOP_S = 15
@@ -56,6 +61,19 @@ def run(suite, command, limit_s, environment=None):
 def last_line(text):
     text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
     return (text.strip().splitlines() or ["it said nothing"])[-1][:300]
+
+
+def environment(work):
+    """Compiled kernels are kept in a folder of `work`, and libraries of NVIDIA's are found in Python's packages too."""
+    found = dict(os.environ)
+    found.setdefault("TANDEM_CACHE_DIR", str(work / "cache"))
+    folders = [os.environ.get("LD_LIBRARY_PATH") or ""]
+    for base in map(pathlib.Path, filter(None, sys.path)):
+        # CUDA 13's first: which version a driver is too old for is found out by the binary.
+        folders += sorted(glob.glob(str(base / "nvidia" / "*" / "lib")), key=lambda name: "cu13" not in name)
+    folders += sorted(glob.glob("/usr/local/cuda*/lib64"), reverse=True) + glob.glob(f"{DRIVER}/lib64")
+    found["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    return found
 
 
 def free_port():

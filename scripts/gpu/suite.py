@@ -10,7 +10,6 @@ benchmark failed. GPU_SUITE_MINUTES (12) bounds the whole; the real model is tak
 """
 
 import argparse
-import glob
 import json
 import os
 import pathlib
@@ -25,13 +24,10 @@ import benchmarks
 import checks
 from benchmarks import FP8
 from checks import GOLDEN
-from processes import Failed, Log, Skipped, free_port, last_line, run
+from processes import DRIVER, Failed, Log, Skipped, environment, free_port, last_line, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Where container runtimes put the driver if not among the system's libraries.
-DRIVER = "/usr/local/nvidia"
-
 SIZES = {
     "decode_prompt": 1024, "decode_output": 64, "prefill_prompt": 2048, "served_at_once": 256, "served_prompt": 1000,
     "served_output": 1000, "served_needs_s": 45, "copy_bytes": 4 << 30, "product": 8192,
@@ -54,7 +50,7 @@ class Suite:
         self.work = pathlib.Path(tempfile.mkdtemp(prefix="tandem-gpu-suite-"))
         self.shape = GOLDEN / "dummy-d64" if self.small else ROOT / "benches" / "llama-8b"
         self.sizes = SMALL_SIZES if self.small else SIZES
-        self.environment = self.make_environment()
+        self.environment = environment(self.work)
         self.floors = None
         self.report = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "minutes": self.minutes, "small": self.small,
@@ -64,18 +60,6 @@ class Suite:
     def left_s(self):
         """Seconds until the end, a few for ending left out."""
         return self.start + 60 * self.minutes - 5 - time.monotonic()
-
-    def make_environment(self):
-        """Compiled kernels are kept for this run, and libraries of NVIDIA's are found in Python's packages too."""
-        environment = dict(os.environ)
-        environment.setdefault("TANDEM_CACHE_DIR", str(self.work / "cache"))
-        folders = [os.environ.get("LD_LIBRARY_PATH") or ""]
-        for base in map(pathlib.Path, filter(None, sys.path)):
-            # CUDA 13's first: which version a driver is too old for is found out by the binary.
-            folders += sorted(glob.glob(str(base / "nvidia" / "*" / "lib")), key=lambda name: "cu13" not in name)
-        folders += sorted(glob.glob("/usr/local/cuda*/lib64"), reverse=True) + glob.glob(f"{DRIVER}/lib64")
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
-        return environment
 
     def real_model(self):
         caches = [os.environ.get("TANDEM_CACHE_DIR"), os.path.join(os.environ.get("XDG_CACHE_HOME") or

@@ -12,10 +12,22 @@ pub struct Source {
 pub const PRELUDE: &str = include_str!("../../cu/common.cuh");
 
 macro_rules! sources {
-    ($($module:literal),* $(,)?) => {
+    ($($module:literal $(= $file:literal by $define:literal)?),* $(,)?) => {
         /// All modules; each is compiled by itself.
-        pub const SOURCES: &[Source] =
-            &[$(Source { module: $module, text: include_str!(concat!("../../cu/", $module, ".cu")) }),*];
+        pub const SOURCES: &[Source] = &[$(Source {
+            module: $module,
+            text: source!($module $(, $file, $define)?),
+        }),*];
+    };
+}
+
+macro_rules! source {
+    ($module:literal) => {
+        include_str!(concat!("../../cu/", $module, ".cu"))
+    };
+    // Of a file with more kernels than should be compiled one after the other.
+    ($module:literal, $file:literal, $define:literal) => {
+        concat!("#define ", $define, "\n#line 1\n", include_str!(concat!("../../cu/", $file, ".cu")))
     };
 }
 
@@ -34,7 +46,11 @@ sources!(
     "quantize",
     "rope",
     "sample",
-    "skinny_gemm",
+    "skinny_bf16" = "skinny_gemm" by "ONLY_BF16",
+    "skinny_fp8" = "skinny_gemm" by "ONLY_FP8",
+    "skinny_q8" = "skinny_gemm" by "ONLY_Q8",
+    "skinny_q4_0" = "skinny_gemm" by "ONLY_Q4_0",
+    "skinny_q4_1" = "skinny_gemm" by "ONLY_Q4_1",
 );
 
 #[cfg(test)]

@@ -8,18 +8,18 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use tandem_kernels::cuda::launcher::{Epilogue, KSplits, MAX_SKINNY_TOKENS, skinny_tiles};
+use tandem_kernels::cuda::launcher::{Epilogue, KSplits, MAX_SKINNY_TOKENS, skinny_depth, skinny_tiles};
 use tandem_kernels::cuda::{Cuda, CudaError, DeviceBuffer, Graph, Timer};
 
-use super::weight::{Format, Products, Weight};
+use super::weight::{Products, Weight};
 use super::{CudaLlama, Layer, address};
 
 /// Tokens that are timed; what is chosen holds for fewer, down to the class before.
 const CLASSES: [usize; 5] = [1, 8, 16, 32, MAX_SKINNY_TOKENS];
 /// Blocks of one launch on each multiprocessor, at most: more would wait for others.
 const BLOCKS_PER_SM: usize = 4;
-/// Bytes of a row of weights that a span has at least: four stages.
-const MIN_SPAN_BYTES: usize = 512;
+/// Stages that a span has at least: fewer leave nothing to overlap.
+const MIN_SPAN_STAGES: usize = 4;
 /// Layers that are timed.
 const TIMED_LAYERS: usize = 8;
 /// A product that takes longer than its rival by this factor is not tried in whole steps.
@@ -94,13 +94,8 @@ impl Skinny {
 
     /// Numbers of spans that are worth trying.
     fn candidates(&self, weight: &Weight, epilogue: Epilogue) -> Vec<usize> {
-        let value_bytes = match weight.format {
-            Format::Bf16(_) => 2,
-            Format::Fp8 { .. } => 1,
-            Format::Blocks { .. } => return Vec::new(),
-        };
         let tiles = skinny_tiles(epilogue, columns(weight, epilogue));
-        let most_spans = weight.in_features * value_bytes / MIN_SPAN_BYTES;
+        let most_spans = weight.in_features / (MIN_SPAN_STAGES * skinny_depth(weight.weights()));
         let fits = |spans: &usize| *spans == 1 || (*spans <= most_spans && spans * tiles <= self.max_blocks);
         [1, 2, 3, 4, 6, 8, 12].into_iter().filter(fits).collect()
     }

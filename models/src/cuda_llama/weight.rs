@@ -248,7 +248,7 @@ impl Weight {
         }
     }
 
-    fn weights(&self) -> Weights {
+    pub(super) fn weights(&self) -> Weights {
         match &self.format {
             Format::Bf16(values) => Weights::Bf16 { values: address(values) },
             Format::Fp8 { values, scales, .. } => {

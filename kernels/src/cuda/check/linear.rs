@@ -80,7 +80,7 @@ pub(super) fn gemv(checks: &mut Checks<'_>) {
 
 pub(super) fn skinny_gemm(checks: &mut Checks<'_>) {
     // Less than a stage, a tail of one, more than all stages at once; tails of columns; fewer stages than splits.
-    let shapes = [
+    let shapes: [(usize, usize, usize, usize); 6] = [
         (1, 8, 16, 1),
         (16, 72, 208, 2),
         (17, 64, 1040, 3),
@@ -88,9 +88,11 @@ pub(super) fn skinny_gemm(checks: &mut Checks<'_>) {
         (33, 40, 832, 4),
         (64, 136, 1296, 2),
     ];
-    for format in [Format::Bf16, Format::Fp8] {
+    for format in [Format::Bf16, Format::Fp8, Format::Q8, Format::Q4_0, Format::Q4_1] {
+        let in_blocks = !matches!(format, Format::Bf16 | Format::Fp8);
         for epilogue in [Epilogue::StoreBf16, Epilogue::AddF32, Epilogue::SwiGlu] {
             for (num_tokens, num_columns, size, num_splits) in shapes {
+                let size = if in_blocks { size.next_multiple_of(32) } else { size };
                 let product = Product { num_tokens, num_columns, size };
                 let name = format!("skinny_gemm {format:?} {epilogue:?} {product:?}, {num_splits} splits");
                 checks.case(name, |case| skinny_case(case, format, epilogue, product, num_splits));
@@ -111,7 +113,8 @@ fn skinny_case(
     let zeros = vec![0u32; tiles];
     let counters = case.input(&zeros)?;
     let splits = KSplits { num_splits, partials: partials.address, counters: counters.address };
-    linear_case(case, format, epilogue, product, |out, x, weights| {
+    let in_blocks = !matches!(format, Format::Bf16 | Format::Fp8);
+    linear_case(case, (format, in_blocks), epilogue, product, |out, x, weights| {
         launcher::skinny_gemm(out, x, weights, epilogue, product, splits)
     })?;
     case.expect_equal("counters", counters, &zeros)
@@ -123,22 +126,25 @@ fn gemv_case(
     epilogue: Epilogue,
     product: Product,
 ) -> Result<(), String> {
-    linear_case(case, format, epilogue, product, |out, x, weights| {
+    linear_case(case, (format, false), epilogue, product, |out, x, weights| {
         launcher::gemv(out, x, weights, epilogue, product)
     })
 }
 
-/// A layer of random weights, launched by `launch(out, x, weights)`.
+/// A layer of random weights, which the kernel rounds to bf16 first or not, launched by `launch(out, x, weights)`.
 fn linear_case(
     case: &mut Case<'_>,
-    format: Format,
+    (format, rounds_weights): (Format, bool),
     epilogue: Epilogue,
     product: Product,
     launch: impl Fn(Address, Address, Weights) -> Launch,
 ) -> Result<(), String> {
     let Product { num_tokens, num_columns, size } = product;
     let num_rows = num_columns * if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
-    let (weights, worth) = random_weights(case, format, num_rows, size)?;
+    let (weights, mut worth) = random_weights(case, format, num_rows, size)?;
+    if rounds_weights {
+        worth.iter_mut().for_each(|worth| *worth = bf16::from_f64(*worth).to_f64());
+    }
     let x_values = case.random.bf16s(num_tokens * size, 0.2);
     let y = reference::linear(&wide(&x_values), &worth, size);
     let x = case.input(&x_values)?.address;

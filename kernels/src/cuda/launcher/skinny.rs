@@ -6,8 +6,6 @@ use super::{Address, Epilogue, Launch, Product, Weights};
 pub const MAX_SKINNY_TOKENS: usize = 64;
 /// Rows of weights of one block.
 const ROWS: usize = 64;
-/// Bytes of a row of weights in one stage.
-const ROW_BYTES: usize = 128;
 
 /// K shared out over blocks that add up what they have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,10 +34,15 @@ pub fn skinny_tiles(epilogue: Epilogue, num_columns: usize) -> usize {
     num_columns.div_ceil(if epilogue == Epilogue::SwiGlu { ROWS / 2 } else { ROWS })
 }
 
-/// out [M,N] = x bf16 [M,K] · Wᵀ for W in bf16 or e4m3 and at most [`MAX_SKINNY_TOKENS`] tokens; N a multiple of 8, K of 16.
+/// Inputs of one stage.
+pub const fn skinny_depth(weights: Weights) -> usize {
+    if matches!(weights, Weights::Bf16 { .. }) { 64 } else { 128 }
+}
+
+/// out [M,N] = x bf16 [M,K] · Wᵀ for at most [`MAX_SKINNY_TOKENS`] tokens; N a multiple of 8, K of 16, of blocks a multiple of 32.
 ///
 /// # Panics
-/// For other formats of weights, and to store f32.
+/// To store f32.
 pub fn skinny_gemm(
     out: Address,
     x: Address,
@@ -48,43 +51,43 @@ pub fn skinny_gemm(
     product: Product,
     splits: KSplits,
 ) -> Launch {
-    use {Epilogue as E, Weights as W};
     let Product { num_tokens, num_columns, size } = product;
+    let depth = skinny_depth(weights);
     assert!((1..=MAX_SKINNY_TOKENS).contains(&num_tokens), "{num_tokens} tokens");
-    assert!(num_columns.is_multiple_of(8) && size.is_multiple_of(16) && size > 0, "{product:?}");
+    let unit = if matches!(weights, Weights::Bf16 { .. } | Weights::Fp8 { .. }) { 16 } else { 32 };
+    assert!(num_columns.is_multiple_of(8) && size.is_multiple_of(unit) && size > 0, "{product:?}");
     let tokens = [16, 32, 64].into_iter().find(|most| num_tokens <= *most).expect("checked above");
-    let pick = |of: [&'static str; 3]| of[tokens.ilog2() as usize - 4];
-    let kernel = match (weights, epilogue) {
-        (W::Bf16 { .. }, E::StoreBf16) => {
-            pick(["skinny_bf16_16_store_bf16", "skinny_bf16_32_store_bf16", "skinny_bf16_64_store_bf16"])
-        }
-        (W::Bf16 { .. }, E::AddF32) => {
-            pick(["skinny_bf16_16_add_f32", "skinny_bf16_32_add_f32", "skinny_bf16_64_add_f32"])
-        }
-        (W::Bf16 { .. }, E::SwiGlu) => {
-            pick(["skinny_bf16_16_swiglu", "skinny_bf16_32_swiglu", "skinny_bf16_64_swiglu"])
-        }
-        (W::Fp8 { .. }, E::StoreBf16) => {
-            pick(["skinny_fp8_16_store_bf16", "skinny_fp8_32_store_bf16", "skinny_fp8_64_store_bf16"])
-        }
-        (W::Fp8 { .. }, E::AddF32) => {
-            pick(["skinny_fp8_16_add_f32", "skinny_fp8_32_add_f32", "skinny_fp8_64_add_f32"])
-        }
-        (W::Fp8 { .. }, E::SwiGlu) => {
-            pick(["skinny_fp8_16_swiglu", "skinny_fp8_32_swiglu", "skinny_fp8_64_swiglu"])
-        }
-        other => panic!("no skinny product of {other:?}"),
+    macro_rules! kernel {
+        ($format:literal) => {
+            match (epilogue, tokens) {
+                (Epilogue::StoreBf16, 16) => concat!("skinny_", $format, "_16_store_bf16"),
+                (Epilogue::StoreBf16, 32) => concat!("skinny_", $format, "_32_store_bf16"),
+                (Epilogue::StoreBf16, _) => concat!("skinny_", $format, "_64_store_bf16"),
+                (Epilogue::AddF32, 16) => concat!("skinny_", $format, "_16_add_f32"),
+                (Epilogue::AddF32, 32) => concat!("skinny_", $format, "_32_add_f32"),
+                (Epilogue::AddF32, _) => concat!("skinny_", $format, "_64_add_f32"),
+                (Epilogue::SwiGlu, 16) => concat!("skinny_", $format, "_16_swiglu"),
+                (Epilogue::SwiGlu, 32) => concat!("skinny_", $format, "_32_swiglu"),
+                (Epilogue::SwiGlu, _) => concat!("skinny_", $format, "_64_swiglu"),
+                (Epilogue::StoreF32, _) => panic!("no skinny product is stored as f32"),
+            }
+        };
+    }
+    // Bytes of a row of weights in one stage.
+    let (module, kernel, row_bytes) = match weights {
+        Weights::Bf16 { .. } => ("skinny_bf16", kernel!("bf16"), 128),
+        Weights::Fp8 { .. } => ("skinny_fp8", kernel!("fp8"), 128),
+        Weights::Q8 { .. } => ("skinny_q8", kernel!("q8"), 128),
+        Weights::Q4_0 { .. } => ("skinny_q4_0", kernel!("q4_0"), 64),
+        Weights::Q4_1 { .. } => ("skinny_q4_1", kernel!("q4_1"), 64),
     };
-    let is_fp8 = matches!(weights, W::Fp8 { .. });
-    // Inputs beside 128 bytes of weights: 64 values of bf16, 128 of e4m3.
-    let x_bytes = tokens * ROW_BYTES * if is_fp8 { 2 } else { 1 };
-    let stages = if is_fp8 && tokens == 64 { 4 } else { 6 };
+    let stages = if depth == 128 && tokens == 64 { 4 } else { 6 };
     let grid = [skinny_tiles(epilogue, num_columns), splits.num_splits, 1];
     let head = [out.into(), splits.partials.into(), splits.counters.into(), x.into()];
     let tail = [num_tokens.into(), num_columns.into(), size.into(), splits.num_splits.into()];
     let (weights, num_weights) = weights.args();
-    let mut launch = Launch::new("skinny_gemm", kernel, grid, 128, head);
+    let mut launch = Launch::new(module, kernel, grid, 128, head);
     launch.push(&weights[..num_weights]);
     launch.push(&tail);
-    launch.with_shared_bytes(stages * (ROWS * ROW_BYTES + x_bytes))
+    launch.with_shared_bytes(stages * (ROWS * row_bytes + tokens * depth * 2))
 }
