@@ -276,6 +276,10 @@ impl Engine {
             Ok(false) => self.executor.run(&schedule.plan, &rows),
             Ok(true) => {
                 drop(rows);
+                // Whoever reads the end of a stream finds it counted.
+                if !self.departing.is_empty() {
+                    self.publish();
+                }
                 self.emit();
                 let (rows, _) = rows_of(&schedule, &self.scheduler, &self.requests);
                 self.executor.finish(&schedule.plan, &rows)

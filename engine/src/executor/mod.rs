@@ -70,7 +70,8 @@ pub enum ExecutorStatus {
 pub struct StepOutput {
     /// One per [`SampleRow`], in their order.
     pub rows: Vec<Result<SampledToken, RowError>>,
-    /// Time spent in the model; the rest of the call was preparing and sampling.
+    /// Time spent in the model; the rest of the call was preparing and sampling. What the engine does meanwhile, between
+    /// [`Executor::begin`] and [`Executor::finish`], is in it.
     pub forward: Duration,
 }
 

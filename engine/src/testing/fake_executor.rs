@@ -3,8 +3,8 @@
 //! poisoned or misplaced is found here.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::fake_group::{FakeGroup, GroupFaults, Moment};
 use super::oracle::{hash, logit, pick, repeat};
@@ -28,6 +28,8 @@ pub(crate) struct Faults {
     pub(crate) fail_fatally: AtomicBool,
     /// Steps are begun, and what they compute is seen when they are finished.
     pub(crate) computes_beside: AtomicBool,
+    /// Called while a step that was begun is under way.
+    pub(crate) meanwhile: Mutex<Option<Box<dyn FnMut() + Send>>>,
     /// Milliseconds that each step takes.
     pub(crate) step_ms: AtomicU64,
     pub(crate) steps: AtomicU64,
@@ -233,6 +235,13 @@ impl Executor for FakeExecutor {
 
     fn begin(&mut self, _: &StepPlan, _: &[SampleRow<'_>]) -> Result<bool, ExecutorError> {
         Ok(self.faults.computes_beside.load(Ordering::Relaxed))
+    }
+
+    fn finish(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
+        if let Some(meanwhile) = self.faults.meanwhile.lock().expect("no test panics in it").as_mut() {
+            meanwhile();
+        }
+        self.run(plan, rows)
     }
 
     fn poll(&mut self, in_flight: usize) -> ExecutorStatus {

@@ -69,6 +69,12 @@ impl Target {
         }
     }
 
+    /// Whether kernels of it wait by themselves for the launch before (`wait_for_previous_launch` in `common.cuh`), and so may begin
+    /// early. Assembly for an older architecture does not, wherever it runs.
+    pub const fn waits_for_launches(self) -> bool {
+        matches!(self.architecture, Architecture::Sm90a | Architecture::Sm100a)
+    }
+
     /// As the compiler is told: `sm_90a` for machine code, `compute_89` for assembly.
     pub const fn name(self) -> &'static str {
         match (self.form, self.architecture) {

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use super::driver;
 use super::launcher::Launch;
 use super::sources::{PRELUDE, SOURCES};
 use super::{Cuda, CudaError, Graph, KernelCache, KernelSet, LaunchShape, Target};
@@ -11,7 +12,12 @@ use super::{Cuda, CudaError, Graph, KernelCache, KernelSet, LaunchShape, Target}
 pub struct Runner {
     cuda: Cuda,
     kernels: RefCell<KernelSet>,
+    /// Whether launches begin while the one before still runs.
+    overlaps: bool,
 }
+
+/// Drivers from this one on record launches that overlap.
+const DRIVER_THAT_RECORDS_OVERLAPS: i32 = 12_030;
 
 impl Runner {
     /// Compiles the kernels for the device, or finds them in `cache`, and loads them.
@@ -20,7 +26,9 @@ impl Runner {
     /// [`CudaError`] of the compiler or the driver.
     pub fn load(cuda: &Cuda, cache: &KernelCache) -> Result<Self, CudaError> {
         let kernels = RefCell::new(KernelSet::load(cuda, cache, PRELUDE, sources())?);
-        Ok(Self { cuda: cuda.clone(), kernels })
+        let overlaps =
+            cuda.target().waits_for_launches() && driver::driver_version()? >= DRIVER_THAT_RECORDS_OVERLAPS;
+        Ok(Self { cuda: cuda.clone(), kernels, overlaps })
     }
 
     pub fn cuda(&self) -> &Cuda {
@@ -46,7 +54,7 @@ impl Runner {
             block: [launch.threads, 1, 1],
             shared_bytes: launch.shared_bytes,
             // All of the project's kernels wait by themselves, which the emulator checks.
-            overlaps: self.cuda.info().capability >= (9, 0),
+            overlaps: self.overlaps,
         };
         let words = launch.args().iter().map(|arg| arg.bits());
         // SAFETY: the launcher's functions give every kernel its parameters, which the emulator compares with the source; for the

@@ -24,8 +24,10 @@ const MIN_SPAN_STAGES: usize = 4;
 const TIMED_LAYERS: usize = 8;
 /// A product that takes longer than its rival by this factor is not tried in whole steps.
 const NEAR: f32 = 1.1;
-/// Whole steps that are timed together.
+/// Whole steps that are timed; the fastest counts.
 const TIMED_STEPS: usize = 3;
+/// What takes more than this part of a step's time without it is not worth choosing: times differ by as much by themselves.
+const WORTH: f32 = 0.995;
 
 /// The products of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -36,8 +38,8 @@ enum Part {
     Down,
 }
 
-/// A product: its class of tokens, what becomes of it, N and K.
-type Key = (usize, Epilogue, usize, usize);
+/// A product: its class of tokens, what becomes of it, W's format, N and K.
+type Key = (usize, Epilogue, &'static str, usize, usize);
 
 /// What was chosen, and the memory that it takes.
 pub(super) struct Skinny {
@@ -108,7 +110,7 @@ fn columns(weight: &Weight, epilogue: Epilogue) -> usize {
 
 fn key(weight: &Weight, epilogue: Epilogue, tokens: usize) -> Option<Key> {
     let class = CLASSES.into_iter().find(|class| tokens <= *class)?;
-    Some((class, epilogue, weight.out_features, weight.in_features))
+    Some((class, epilogue, weight.format_name(), weight.out_features, weight.in_features))
 }
 
 impl CudaLlama {
@@ -160,9 +162,9 @@ impl CudaLlama {
     /// The products that this kernel was chosen for, for the log.
     pub fn skinny_products(&self) -> Vec<String> {
         let mut chosen: Vec<_> = self.skinny.chosen.iter().collect();
-        chosen.sort_by_key(|&(&(tokens, _, n, k), _)| (tokens, n, k));
-        let line = |(&(tokens, epilogue, n, k), spans): (&Key, &usize)| {
-            format!("[{tokens}, {k}] · [{n}, {k}]ᵀ ({epilogue:?}) in {spans} spans")
+        chosen.sort_by_key(|&(&(tokens, _, format, n, k), _)| (format, tokens, n, k));
+        let line = |(&(tokens, epilogue, format, n, k), spans): (&Key, &usize)| {
+            format!("[{tokens}, {k}] · [{n}, {k}]ᵀ ({format}, {epilogue:?}) in {spans} spans")
         };
         chosen.into_iter().map(line).collect()
     }
@@ -188,13 +190,17 @@ impl CudaLlama {
         }
         let mut best_us = step_us(self)?;
         for (key, num_splits) in near {
-            self.skinny.chosen.insert(key, num_splits);
+            // Two parts of a layer may be the same product.
+            let before = self.skinny.chosen.insert(key, num_splits);
             let us = step_us(self)?;
-            if us < best_us {
+            if us < WORTH * best_us {
                 best_us = us;
-            } else {
-                self.skinny.chosen.remove(&key);
+                continue;
             }
+            match before {
+                Some(num_splits) => self.skinny.chosen.insert(key, num_splits),
+                None => self.skinny.chosen.remove(&key),
+            };
         }
         Ok(())
     }
@@ -202,10 +208,15 @@ impl CudaLlama {
     /// The time of a recorded step.
     pub(super) fn replays_us(&self, graph: &mut Graph) -> Result<f32, CudaError> {
         let mut timer = Timer::new(self.runner.cuda())?;
-        self.runner.replay(graph)?;
-        timer.start()?;
-        (0..TIMED_STEPS).try_for_each(|_| self.runner.replay(graph))?;
-        Ok(timer.stop_us()? / TIMED_STEPS as f32)
+        let mut least_us = f32::INFINITY;
+        for _ in 0..TIMED_STEPS {
+            // The one before keeps the device busy until the clock has started.
+            self.runner.replay(graph)?;
+            timer.start()?;
+            self.runner.replay(graph)?;
+            least_us = least_us.min(timer.stop_us()?);
+        }
+        Ok(least_us)
     }
 
     /// The mean time of a product, in so many spans of this kernel or without it.

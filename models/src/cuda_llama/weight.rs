@@ -63,6 +63,16 @@ impl Weight {
         }
     }
 
+    pub(super) const fn format_name(&self) -> &'static str {
+        match &self.format {
+            Format::Bf16(_) => "bf16",
+            Format::Fp8 { .. } => "fp8",
+            Format::Blocks { kind: BlockKind::Q8_0, .. } => "q8_0",
+            Format::Blocks { kind: BlockKind::Q4_0, .. } => "q4_0",
+            Format::Blocks { kind: BlockKind::Q4_1, .. } => "q4_1",
+        }
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         let buffers: Vec<&DeviceBuffer> = match &self.format {
             Format::Bf16(values) => vec![values],

@@ -11,6 +11,12 @@ fn every_capability_from_8_0_has_a_target_that_runs_there() {
     assert_eq!(name(10, 0), Some("sm_100a"));
     // Code for 10.0a does not run on 10.3, nor that of any 10 on 12.
     assert_eq!([name(10, 3), name(11, 0), name(12, 0), name(12, 1)], [Some("compute_89"); 4]);
+    // Assembly of 8.9 knows no waiting for other launches, even where the device does.
+    let waits = |major, minor| Target::for_capability(major, minor).unwrap().waits_for_launches();
+    assert_eq!(
+        [waits(8, 9), waits(9, 0), waits(10, 0), waits(10, 3), waits(12, 0)],
+        [false, true, true, false, false]
+    );
 }
 
 #[test]
