@@ -435,33 +435,28 @@ DEVICE void multiply(Out* out, float* partials, u32* counters, const bf16* x, co
     SKINNY_KERNEL(format, TOKENS, STAGES, store_bf16, STORE, bf16) \
     SKINNY_KERNEL(format, TOKENS, STAGES, add_f32, ADD, float)     \
     SKINNY_KERNEL(format, TOKENS, STAGES, swiglu, SWIGLU, bf16)
+// Of more values in a stage fewer stages have room.
+#define SKINNY_FORMAT(format, STAGES_OF_64) \
+    SKINNY_KERNELS(format, 16, 6)           \
+    SKINNY_KERNELS(format, 32, 6)           \
+    SKINNY_KERNELS(format, 64, STAGES_OF_64)
 
 // The engine compiles each format by itself, side by side: all of them take a compiler long.
 #if !defined(ONLY_BF16) && !defined(ONLY_FP8) && !defined(ONLY_Q8) && !defined(ONLY_Q4_0) && !defined(ONLY_Q4_1)
 #define ALL
 #endif
 #if defined(ONLY_BF16) || defined(ALL)
-SKINNY_KERNELS(bf16, 16, 6)
-SKINNY_KERNELS(bf16, 32, 6)
-SKINNY_KERNELS(bf16, 64, 6)
+SKINNY_FORMAT(bf16, 6)
 #endif
 #if defined(ONLY_FP8) || defined(ALL)
-SKINNY_KERNELS(fp8, 16, 6)
-SKINNY_KERNELS(fp8, 32, 6)
-SKINNY_KERNELS(fp8, 64, 4)
+SKINNY_FORMAT(fp8, 4)
 #endif
 #if defined(ONLY_Q8) || defined(ALL)
-SKINNY_KERNELS(q8, 16, 6)
-SKINNY_KERNELS(q8, 32, 6)
-SKINNY_KERNELS(q8, 64, 4)
+SKINNY_FORMAT(q8, 4)
 #endif
 #if defined(ONLY_Q4_0) || defined(ALL)
-SKINNY_KERNELS(q4_0, 16, 6)
-SKINNY_KERNELS(q4_0, 32, 6)
-SKINNY_KERNELS(q4_0, 64, 4)
+SKINNY_FORMAT(q4_0, 4)
 #endif
 #if defined(ONLY_Q4_1) || defined(ALL)
-SKINNY_KERNELS(q4_1, 16, 6)
-SKINNY_KERNELS(q4_1, 32, 6)
-SKINNY_KERNELS(q4_1, 64, 4)
+SKINNY_FORMAT(q4_1, 4)
 #endif
