@@ -51,6 +51,20 @@ DEVICE void multiply_fours(float (&sum)[2][TOKENS / 8][4], const u32 (&a)[2][4],
     }
 }
 
+// A lane's rows of W for them: four_of(tile, half of the tile's rows) gives its four neighbours as two pairs.
+template <class F>
+DEVICE void fill_fours(u32 (&a)[2][4], F four_of) {
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const uint2 four = four_of(tile, row);
+            a[tile][row] = four.x;
+            a[tile][2 + row] = four.y;
+        }
+    }
+}
+
 struct NoScales {};
 
 struct Bf16Tiles {
@@ -110,15 +124,7 @@ struct Fp8Tiles {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 a[2][4];
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                    for (int row = 0; row < 2; row++) {
-                        const uint2 four = bf16x4_of_fp8(raw[tile][2 * half + row]);
-                        a[tile][row] = four.x;
-                        a[tile][2 + row] = four.y;
-                    }
-                }
+                fill_fours(a, [&](int tile, int row) { return bf16x4_of_fp8(raw[tile][2 * half + row]); });
                 multiply_fours<TOKENS, DEPTH>(sum, a, x, step + half, lane);
             }
         }
@@ -127,7 +133,7 @@ struct Fp8Tiles {
 
 // Scales of two neighbouring blocks of a lane's four rows, and mins where there are any.
 struct BlockScales {
-    float scale[2][2][2], min[2][2][2];
+    float scale[2][2][2], min[2][2][2] = {};
 };
 DEVICE void load_block_scales(float (&to)[2][2][2], const unsigned short* from, const int (&rows)[2][2], int block,
                               int num_blocks) {
@@ -144,8 +150,17 @@ DEVICE void load_block_scales(float (&to)[2][2][2], const unsigned short* from, 
     }
 }
 
-// Integers in the low bits of 2²³ are floats; what was added is taken away again.
-DEVICE float f32_of_small(u32 x, float zero) { return float_of(0x4b000000u | x) - (8388608.0f + zero); }
+// Four bytes less ZERO, scaled, as two pairs. Integers in the low bits of 2²³ are floats; what was added is taken away again.
+template <int ZERO>
+DEVICE uint2 fours_of_block(u32 bytes, float scale, float min) {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float integer = float_of(0x4b000000u | (bytes >> 8 * i & 0xff)) - (8388608.0f + ZERO);
+        x[i] = integer * scale + min;
+    }
+    return uint2{bf16x2_of(x[0], x[1]), bf16x2_of(x[2], x[3])};
+}
 
 struct Q8Tiles {
     static constexpr int ROW_BYTES = 128, DEPTH = 128, PER_CHUNK = 16, STEPS = 8;
@@ -172,19 +187,9 @@ struct Q8Tiles {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 a[2][4];
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                    for (int row = 0; row < 2; row++) {
-                        const u32 four = raw[tile][2 * half + row] ^ 0x80808080u;
-                        const float scale = of.scale[tile][row][block];
-                        float x[4];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) x[i] = f32_of_small(four >> 8 * i & 0xff, 128.0f) * scale;
-                        a[tile][row] = bf16x2_of(x[0], x[1]);
-                        a[tile][2 + row] = bf16x2_of(x[2], x[3]);
-                    }
-                }
+                fill_fours(a, [&](int tile, int row) {
+                    return fours_of_block<128>(raw[tile][2 * half + row] ^ 0x80808080u, of.scale[tile][row][block], 0.0f);
+                });
                 multiply_fours<TOKENS, DEPTH>(sum, a, x, step + half, lane);
             }
         }
@@ -219,22 +224,10 @@ struct Q4Tiles {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 a[2][4];
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                    for (int row = 0; row < 2; row++) {
-                        const u32 four = raw[tile][2 * block + row] >> 4 * half & 0x0f0f0f0fu;
-                        const float scale = of.scale[tile][row][block];
-                        float x[4];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            x[i] = f32_of_small(four >> 8 * i & 0xff, MINS ? 0.0f : 8.0f) * scale;
-                            if constexpr (MINS) x[i] += of.min[tile][row][block];
-                        }
-                        a[tile][row] = bf16x2_of(x[0], x[1]);
-                        a[tile][2 + row] = bf16x2_of(x[2], x[3]);
-                    }
-                }
+                fill_fours(a, [&](int tile, int row) {
+                    const u32 four = raw[tile][2 * block + row] >> 4 * half & 0x0f0f0f0fu;
+                    return fours_of_block<MINS ? 0 : 8>(four, of.scale[tile][row][block], of.min[tile][row][block]);
+                });
                 multiply_fours<TOKENS, DEPTH>(sum, a, x, first_step + 2 * block + half, lane);
             }
         }

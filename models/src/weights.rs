@@ -58,12 +58,11 @@ pub enum Fp8Scales<'a> {
     Rows(&'a [f32]),
 }
 
-impl Fp8Matrix<'_> {
-    /// The scale of a row.
-    pub fn scale_of(&self, row: usize) -> f32 {
-        match self.scales {
-            Fp8Scales::Matrix(scale) => scale,
-            Fp8Scales::Rows(scales) => scales[row],
+impl Fp8Scales<'_> {
+    pub fn of_row(&self, row: usize) -> f32 {
+        match self {
+            Self::Matrix(scale) => *scale,
+            Self::Rows(scales) => scales[row],
         }
     }
 }

@@ -236,7 +236,7 @@ impl Loader<'_> {
             if has_nan {
                 return Err(ModelError::tensor(self.name, part.name, "holds NaN").into());
             }
-            scales.extend(rows.clone().map(|row| matrix.scale_of(row)));
+            scales.extend(rows.clone().map(|row| matrix.scales.of_row(row)));
         }
         let on_device = self.cuda.alloc(4 * scales.len())?;
         self.uploader.borrow_mut().write(on_device.as_slice(), &scales)?;

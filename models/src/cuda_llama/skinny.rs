@@ -44,8 +44,8 @@ type Key = (usize, Epilogue, &'static str, usize, usize);
 /// What was chosen, and the memory that it takes.
 pub(super) struct Skinny {
     chosen: HashMap<Key, usize>,
-    /// What may be worth choosing: the class of tokens, the product, its spans.
-    near: Vec<(usize, Key, usize)>,
+    /// What may be worth choosing, and its spans.
+    near: Vec<(Key, usize)>,
     /// While something is timed: always so many spans, or never this kernel.
     trial: Option<Option<usize>>,
     max_blocks: usize,
@@ -151,7 +151,7 @@ impl CudaLlama {
                     self.skinny.chosen.insert(key, num_splits);
                 }
                 if us < NEAR * rival_us {
-                    self.skinny.near.push((tokens, key, num_splits));
+                    self.skinny.near.push((key, num_splits));
                 }
                 tuned.push(TunedSkinny { part, tokens, rival_us, num_splits, us });
             }
@@ -178,10 +178,8 @@ impl CudaLlama {
         tokens: usize,
         mut step_us: impl FnMut(&mut Self) -> Result<f32, E>,
     ) -> Result<(), E> {
-        let near: Vec<(Key, usize)> = (self.skinny.near.iter())
-            .filter(|(class, ..)| *class == tokens)
-            .map(|&(_, key, num_splits)| (key, num_splits))
-            .collect();
+        let near: Vec<(Key, usize)> =
+            self.skinny.near.iter().copied().filter(|((class, ..), _)| *class == tokens).collect();
         if near.is_empty() {
             return Ok(());
         }
@@ -222,20 +220,13 @@ impl CudaLlama {
     /// The mean time of a product, in so many spans of this kernel or without it.
     fn time_us(&mut self, part: Part, tokens: usize, trial: Option<usize>) -> Result<f32, CudaError> {
         let mut timer = Timer::new(self.runner.cuda())?;
-        self.skinny.trial = Some(trial);
         let num_layers = self.layers.len().min(TIMED_LAYERS);
-        let mut us = Ok(0.0);
+        self.skinny.trial = Some(trial);
+        let mut run_all = || (0..num_layers).try_for_each(|layer| self.run_part(part, layer, tokens));
         // The first round loads what there is to load, and is still under way when the clock starts.
-        for round in 0..2 {
-            if round == 1 {
-                timer.start()?;
-            }
-            for layer in 0..num_layers {
-                us = us.and(self.run_part(part, layer, tokens).map(|()| 0.0));
-            }
-        }
+        let ran = run_all().and_then(|()| timer.start()).and_then(|()| run_all());
         self.skinny.trial = None;
-        us?;
+        ran?;
         Ok(timer.stop_us()? / num_layers as f32)
     }
 

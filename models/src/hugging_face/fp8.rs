@@ -48,17 +48,11 @@ impl Scales {
             Self::Rows(scales) => Fp8Scales::Rows(scales),
         }
     }
-
-    fn of_row(&self, row: usize) -> f32 {
-        match self {
-            Self::Matrix(scale) => *scale,
-            Self::Rows(scales) => scales[row],
-        }
-    }
 }
 
 /// A matrix of `cols` columns in bf16, little-endian.
 pub(super) fn to_bf16(codes: &[u8], cols: usize, scales: &Scales) -> Vec<u8> {
+    let scales = scales.as_slice();
     let table: Vec<f32> = (0..=u8::MAX).map(decode).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut out = vec![0; 2 * codes.len()];

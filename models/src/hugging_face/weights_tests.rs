@@ -147,8 +147,8 @@ fn matrices_in_fp8_are_handed_out_in_bf16() {
     assert_eq!(values("b.weight"), [0.25, 0.5, 1.0, -2.0]);
     assert_eq!(weights.info("b.weight").unwrap().dtype, DType::Bf16);
     let (a, b) = (weights.fp8("a.weight").unwrap(), weights.fp8("b.weight").unwrap());
-    assert_eq!((a.codes, a.cols, a.scale_of(0)), (&[0x38, 0xc0][..], 2, 0.5));
-    assert_eq!((b.codes.len(), b.scale_of(0), b.scale_of(1)), (4, 0.25, 2.0));
+    assert_eq!((a.codes, a.cols, a.scales.of_row(0)), (&[0x38, 0xc0][..], 2, 0.5));
+    assert_eq!((b.codes.len(), b.scales.of_row(0), b.scales.of_row(1)), (4, 0.25, 2.0));
     assert!(weights.fp8("norm").is_none() && weights.fp8("c.weight").is_none());
     // The scale is part of what tells a model from another.
     assert_eq!(weights.sample("a.weight").unwrap().len(), 2 + 4);
