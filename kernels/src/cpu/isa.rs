@@ -5,7 +5,20 @@ use crate::{Isa, KernelError};
 /// An ISA class that was found on this machine. There is no other way to get one than [`best`] and [`require`], so
 /// whoever holds one may run its instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Detected(Isa);
+pub(crate) struct Detected {
+    isa: Isa,
+    prefetch: Nearest,
+}
+
+/// The nearest cache that is asked to fetch what will be read soon.
+///
+/// AMD's cores wait for few lines at a time in the first level and for many in the second: on a Zen 4 one core streams
+/// weights at 12 GB/s through the first and at 22 GB/s through the second. Elsewhere it is the first, where they are read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nearest {
+    L1,
+    L2,
+}
 
 /// The right to use AMX: it is there, and the system lets this process have its registers.
 #[derive(Clone, Copy)]
@@ -13,12 +26,16 @@ pub(crate) struct MatrixUnit(());
 
 impl Detected {
     pub(crate) const fn isa(self) -> Isa {
-        self.0
+        self.isa
+    }
+
+    pub(crate) const fn prefetch(self) -> Nearest {
+        self.prefetch
     }
 
     /// The matrix unit, if it belongs to the class.
     pub(crate) const fn matrix_unit(self) -> Option<MatrixUnit> {
-        match self.0 {
+        match self.isa {
             Isa::Amx => Some(MatrixUnit(())),
             _ => None,
         }
@@ -27,6 +44,10 @@ impl Detected {
 
 /// The widest class of this machine.
 pub(crate) fn best() -> Detected {
+    Detected { isa: best_class(), prefetch: nearest_for_prefetch() }
+}
+
+fn best_class() -> Isa {
     #[cfg(target_arch = "x86_64")]
     {
         let avx2 = is_x86_feature_detected!("avx2")
@@ -40,16 +61,28 @@ pub(crate) fn best() -> Detected {
             && is_x86_feature_detected!("avx512bf16")
             && is_x86_feature_detected!("avx512vnni");
         if avx512 && has_matrix_unit() {
-            return Detected(Isa::Amx);
+            return Isa::Amx;
         }
         if avx512 {
-            return Detected(Isa::Avx512);
+            return Isa::Avx512;
         }
         if avx2 {
-            return Detected(Isa::Avx2);
+            return Isa::Avx2;
         }
     }
-    Detected(Isa::Scalar)
+    Isa::Scalar
+}
+
+#[cfg(target_arch = "x86_64")]
+fn nearest_for_prefetch() -> Nearest {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat();
+    if name == b"AuthenticAMD" || name == b"HygonGenuine" { Nearest::L2 } else { Nearest::L1 }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn nearest_for_prefetch() -> Nearest {
+    Nearest::L1
 }
 
 /// Whether the CPU has AMX with bf16, in tiles of 16 rows of 64 bytes, and the system gives this process its registers. They
@@ -87,10 +120,11 @@ fn has_matrix_unit() -> bool {
 /// # Errors
 /// `UnsupportedIsa` if the machine lacks it.
 pub(crate) fn require(isa: Isa) -> Result<Detected, KernelError> {
-    let supported = best().isa();
+    let best = best();
+    let supported = best.isa();
     // The classes are nested: each asks for everything that the one before it does.
     if (isa as u8) <= (supported as u8) {
-        return Ok(Detected(isa));
+        return Ok(Detected { isa, ..best });
     }
     Err(KernelError::UnsupportedIsa { isa, supported })
 }

@@ -12,7 +12,7 @@
 //! worker:  wait for a new open epoch ── join (compare and swap) ── f(i) ── leave; the last one wakes a parked caller
 //! ```
 //! `job` is written only while the gate is closed and nobody inside, and read only by workers that joined. With
-//! [`Pool::run_items`] a worker that comes late (its core was taken, or it still wakes up) finds the gate closed and
+//! [`Pool::run_items`] and [`Pool::run_shares`] a worker that comes late (its core was taken, or it still wakes up) finds the gate closed and
 //! is not waited for: whoever is there does the items. [`Pool::run`] waits until every worker has joined.
 //!
 //! # Shutdown
@@ -22,6 +22,7 @@ use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,6 +47,8 @@ struct Shared {
     gate: Padded<AtomicU64>,
     /// Next unclaimed item of [`Pool::run_items`].
     next_item: Padded<AtomicUsize>,
+    /// Of each worker: its unclaimed items of [`Pool::run_shares`].
+    shares: Vec<Padded<Share>>,
     job: UnsafeCell<Option<Job>>,
     stop: AtomicBool,
     caller_parked: AtomicBool,
@@ -78,6 +81,34 @@ impl Gate {
     }
 }
 
+/// Consecutive items that are still to do: `first << 32 | end`. The owner takes from the front, others from the end.
+#[derive(Default)]
+struct Share(AtomicU64);
+
+impl Share {
+    /// Published to the workers by the gate.
+    fn set(&self, items: Range<usize>) {
+        self.0.store((items.start as u64) << 32 | items.end as u64, Ordering::Relaxed);
+    }
+
+    const fn items(state: u64) -> Range<usize> {
+        (state >> 32) as usize..(state & 0xffff_ffff) as usize
+    }
+
+    /// The next item of the owner, who moves past the end once at most.
+    fn next(&self) -> Option<usize> {
+        let items = Self::items(self.0.fetch_add(1 << 32, Ordering::Relaxed));
+        (items.start < items.end).then_some(items.start)
+    }
+
+    /// The last item, for somebody else.
+    fn steal(&self) -> Option<usize> {
+        let shorter = |state| (!Self::items(state).is_empty()).then(|| state - 1);
+        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shorter).ok()?;
+        Some(Self::items(before).end - 1)
+    }
+}
+
 // SAFETY: `job` is written only by the caller while the gate is closed and empty, and read only by workers inside; the
 // job behind it is Sync. Everything else is atomic or locked.
 unsafe impl Sync for Shared {}
@@ -103,6 +134,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             gate: Padded(AtomicU64::new(0)),
             next_item: Padded(AtomicUsize::new(0)),
+            shares: (0..threads).map(|_| Padded(Share::default())).collect(),
             job: UnsafeCell::new(None),
             stop: AtomicBool::new(false),
             caller_parked: AtomicBool::new(false),
@@ -183,6 +215,31 @@ impl Pool {
             }
         };
         self.fork(&share, 0);
+    }
+
+    /// As [`Pool::run_items`], but every worker begins with consecutive items of its own, which it does in ascending order, and
+    /// then takes over the last ones of others: for items that stream through memory one behind the other.
+    pub(crate) fn run_shares(&self, items: usize, job: impl Fn(usize, usize) + Sync) {
+        let threads = self.threads();
+        if items == 1 || threads == 1 {
+            return (0..items).for_each(|item| job(0, item));
+        }
+        assert!(u32::try_from(items).is_ok(), "{items} items");
+        let shares = &self.shared.shares;
+        for (worker, share) in shares.iter().enumerate() {
+            share.0.set(items * worker / threads..items * (worker + 1) / threads);
+        }
+        let work = |worker: usize| {
+            while let Some(item) = shares[worker].0.next() {
+                job(worker, item);
+            }
+            for other in (1..threads).map(|distance| (worker + distance) % threads) {
+                while let Some(item) = shares[other].0.steal() {
+                    job(worker, item);
+                }
+            }
+        };
+        self.fork(&work, 0);
     }
 
     /// Waits until the gate looks as wanted. Workers wake a parked caller whenever one joins or the last one leaves.
@@ -319,11 +376,32 @@ mod tests {
             let pool = Pool::new(threads).unwrap();
             for items in [0, 1, 2, 7, 1000] {
                 let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-                pool.run_items(items, |_, item| {
+                let count = |_, item: usize| {
                     counts[item].fetch_add(1, Ordering::Relaxed);
-                });
-                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                };
+                pool.run_items(items, count);
+                pool.run_shares(items, count);
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 2));
             }
+        }
+    }
+
+    #[test]
+    fn a_share_is_done_in_order_and_the_rest_of_a_slow_one_by_others() {
+        let pool = Pool::new(2).unwrap();
+        for slow in 0..2 {
+            let done = [const { Mutex::new(Vec::new()) }; 2];
+            pool.run_shares(100, |worker, item| {
+                done[worker].lock().unwrap().push(item);
+                while worker == slow && done[1 - slow].lock().unwrap().len() < 90 {
+                    thread::yield_now();
+                }
+            });
+            let [front, back] = done.map(|items| items.into_inner().unwrap());
+            let (slow, fast) = if slow == 0 { (front, back) } else { (back, front) };
+            let (own, stolen) = fast.split_at(50);
+            assert!(slow.is_sorted() && own.is_sorted() && stolen.is_sorted_by(|a, b| a > b));
+            assert!(stolen.len() >= 40 && slow.len() + fast.len() == 100);
         }
     }
 
@@ -333,9 +411,14 @@ mod tests {
         let pool = Pool::new(5).unwrap();
         for round in 0..20_000usize {
             let items = [const { AtomicUsize::new(0) }; 3];
-            pool.run_items(3, |_, item| {
+            let add = |_, item: usize| {
                 items[item].fetch_add(round + 1, Ordering::Relaxed);
-            });
+            };
+            if round % 2 == 0 {
+                pool.run_items(3, add)
+            } else {
+                pool.run_shares(3, add)
+            }
             assert!(items.iter().all(|item| item.load(Ordering::Relaxed) == round + 1));
         }
     }

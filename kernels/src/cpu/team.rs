@@ -98,6 +98,14 @@ impl Team<'_> {
         }
     }
 
+    /// The same with consecutive items for each worker, as long as it keeps up.
+    pub(super) fn run_shares(&self, items: usize, job: impl Fn(usize, usize) + Sync) {
+        match self.all {
+            Some(cpu) => cpu.pool.run_shares(items, job),
+            None => (0..items).for_each(|item| job(self.worker, item)),
+        }
+    }
+
     /// Splits `rows` of `cols` values over the workers in ranges; small work stays on the caller, where a fork-join
     /// would cost more than it saves.
     pub(super) fn for_row_ranges(&self, rows: usize, cols: usize, job: impl Fn(Range<usize>) + Sync) {

@@ -130,17 +130,12 @@ impl Team<'_> {
         let row_parts = if workers == 1 { 1 } else { (4 * workers).div_ceil(units) };
         let rows_per_part = job.rows.div_ceil(row_parts).next_multiple_of(job.shape.rows).min(job.rows);
         let row_parts = job.rows.div_ceil(rows_per_part);
-        // One row streams weights: long contiguous runs. Many rows: small items.
-        let units_per_item = if job.rows <= 16 { units.div_ceil(8 * workers) } else { 1 };
-        let unit_items = units.div_ceil(units_per_item);
         let scratch = self.scratch;
-        self.run_items(unit_items * row_parts, |worker, item| {
-            let (unit_item, part) = (item / row_parts, item % row_parts);
+        self.run_shares(units * row_parts, |worker, item| {
+            let (unit, part) = (item / row_parts, item % row_parts);
             let rows = part * rows_per_part..job.rows.min((part + 1) * rows_per_part);
-            for unit in unit_item * units_per_item..units.min((unit_item + 1) * units_per_item) {
-                // SAFETY: the scratch is this worker's; items write disjoint columns or rows of the output.
-                unsafe { job.unit(unit, rows.clone(), scratch.of(worker)) };
-            }
+            // SAFETY: the scratch is this worker's; items write disjoint columns or rows of the output.
+            unsafe { job.unit(unit, rows, scratch.of(worker)) };
         });
     }
 }

@@ -3,10 +3,11 @@
 use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};
+use crate::cpu::isa::Nearest;
 
 /// Only [`enter`] makes one, so holding it means the features are there.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2(Nearest);
 
 type F = [__m256; 2];
 type I = [__m256i; 2];
@@ -14,8 +15,8 @@ type I = [__m256i; 2];
 /// # Safety
 /// The CPU has the features below, and the kernel's own duties are met.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx2(()))
+pub(super) unsafe fn enter<K: Kernel>(kernel: K, prefetch: Nearest) -> K::Output {
+    kernel.run(Avx2(prefetch))
 }
 
 /// Methods that are the same instruction on both halves.
@@ -280,12 +281,12 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn prefetch(self, p: *const u8) {
-        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        super::prefetch(self.0, p);
     }
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
-        enter(kernel)
+        enter(kernel, self.0)
     }
 }
 

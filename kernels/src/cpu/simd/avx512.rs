@@ -3,16 +3,17 @@
 use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};
+use crate::cpu::isa::Nearest;
 
 /// Only [`enter`] makes one, so holding it means the features are there.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512(Nearest);
 
 /// # Safety
 /// The CPU has the features below, and the kernel's own duties are met.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512(()))
+pub(super) unsafe fn enter<K: Kernel>(kernel: K, prefetch: Nearest) -> K::Output {
+    kernel.run(Avx512(prefetch))
 }
 
 /// Methods that are one instruction.
@@ -86,8 +87,11 @@ impl Simd for Avx512 {
         dot4_start(init: __m512i) -> __m512i = init;
         dot4(acc: __m512i, w: __m512i, a: __m512i) -> __m512i = _mm512_dpbusd_epi32(acc, w, a);
         dot8(acc: __m512i, w: __m512i, a: __m512i) -> __m512i = _mm512_dpbusd_epi32(acc, w, a);
+    }
 
-        prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    #[inline(always)]
+    unsafe fn prefetch(self, p: *const u8) {
+        super::prefetch(self.0, p);
     }
 
     #[inline(always)]
@@ -147,7 +151,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
-        enter(kernel)
+        enter(kernel, self.0)
     }
 }
 

@@ -21,7 +21,7 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 pub(crate) use scalar::Scalar;
 
-use super::isa::Detected;
+use super::isa::{Detected, Nearest};
 use crate::Isa;
 
 /// Sixteen lanes of f32 (`F`) and of i32 or 64 bytes (`I`).
@@ -125,6 +125,7 @@ pub(crate) trait Simd: Copy {
     /// bytes of `a` in −127..=127.
     unsafe fn dot8(self, acc: Self::I, w: Self::I, a: Self::I) -> Self::I;
 
+    /// Asks for the line at `p`, which may be anything.
     unsafe fn prefetch(self, p: *const u8);
 
     /// Runs a kernel as a function of its own: what is inlined everywhere would be compiled everywhere.
@@ -144,6 +145,19 @@ pub(crate) trait Kernel {
     unsafe fn run<S: Simd>(self, s: S) -> Self::Output;
 }
 
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch(nearest: Nearest, p: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+    // SAFETY: SSE is in the baseline, and a prefetch touches nothing that can fail.
+    unsafe {
+        match nearest {
+            Nearest::L1 => _mm_prefetch::<_MM_HINT_T0>(p.cast()),
+            Nearest::L2 => _mm_prefetch::<_MM_HINT_T1>(p.cast()),
+        }
+    }
+}
+
 /// Runs a kernel with the instructions that `isa` proves to exist.
 ///
 /// # Safety
@@ -152,9 +166,9 @@ pub(crate) trait Kernel {
 pub(crate) unsafe fn dispatch<K: Kernel>(isa: Detected, kernel: K) -> K::Output {
     match isa.isa() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => avx512::enter(kernel),
+        Isa::Avx512 | Isa::Amx => avx512::enter(kernel, isa.prefetch()),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::enter(kernel),
+        Isa::Avx2 => avx2::enter(kernel, isa.prefetch()),
         _ => scalar::enter(kernel),
     }
 }
