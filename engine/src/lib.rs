@@ -52,7 +52,8 @@ pub use error::{ExecutorError, ExecutorErrorKind, InvalidParam, RequestFailure, 
 pub use executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
 pub use gpu_usage::{GpuMeter, GpuUsage};
 pub use group::{
-    GroupReport, GroupState, GroupStatus, RankEnd, RankOptions, RankOrder, RankReport, run_rank,
+    CustomAllReduce, GroupReport, GroupState, GroupStatus, RankEnd, RankOptions, RankOrder, RankReport,
+    run_rank,
 };
 pub use handle::{EngineHandle, EngineState, spawn, spawn_with};
 pub use histogram::Histogram;

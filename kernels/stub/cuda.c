@@ -6,11 +6,13 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
@@ -152,13 +154,28 @@ int cuStreamQuery(void *s) {
 
 // Memory.
 static size_t used;
-typedef struct { size_t bytes; char pad[248]; } Head;
+// STUB_SHARED=1: other processes can open memory of half a megabyte to one, by a file without a name that this one has open.
+typedef struct { size_t bytes; int file; char pad[244]; } Head;
+static Head *take(size_t bytes) {
+    if (!env("STUB_SHARED", 0) || bytes < 512 << 10 || bytes >= 1 << 20) {
+        Head *head = aligned_alloc(256, (sizeof *head + bytes + 255) / 256 * 256);
+        head->file = -1;
+        return head;
+    }
+    int file = memfd_create("tandem-stub", MFD_CLOEXEC);
+    if (file < 0 || ftruncate(file, sizeof(Head) + bytes)) return 0;
+    Head *head = mmap(0, sizeof *head + bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (head == MAP_FAILED) return 0;
+    head->file = file;
+    return head;
+}
 int cuMemAlloc_v2(uint64_t *ptr, size_t bytes) {
     NEED_CONTEXT;
     NOT_IN_CAPTURE;
     if (!bytes) return INVALID_VALUE;
     if (used + bytes > (size_t)env("STUB_MEMORY", 1 << 30)) return OUT_OF_MEMORY;
-    Head *head = aligned_alloc(256, (sizeof *head + bytes + 255) / 256 * 256);
+    Head *head = take(bytes);
+    if (!head) return OUT_OF_MEMORY;
     head->bytes = bytes;
     memset(head + 1, 0xff, bytes);        // NaN: nothing may count on zeros
     used += bytes;
@@ -173,7 +190,9 @@ int cuMemFree_v2(uint64_t ptr) {
     Head *head = (Head *)ptr - 1;
     used -= head->bytes;
     frees++;
-    free(head);
+    if (head->file < 0) { free(head); return OK; }
+    close(head->file);
+    munmap(head, sizeof *head + head->bytes);
     return OK;
 }
 int cuMemGetInfo_v2(size_t *left, size_t *total) {
@@ -193,24 +212,52 @@ int cuMemHostAlloc(void **ptr, size_t bytes, unsigned flags) {
 }
 int cuMemFreeHost(void *ptr) { NEED_CONTEXT; unpinned++; free(ptr); return OK; }
 
-// Memory shared between processes: a handle has the address in it, and a mark.
-typedef struct { uint64_t mark, ptr; char pad[48]; } Shared;
+// Memory shared between processes: a handle has the address in it, where the owner has the file, and a mark.
+typedef struct { uint64_t mark, ptr, bytes; int owner, file; char pad[32]; } Shared;
+static struct { Head *head; size_t bytes; } opened[64];
 int cuIpcGetMemHandle(Shared *out, uint64_t ptr) {
     NEED_CONTEXT;
     NOT_IN_CAPTURE;
-    *out = (Shared){0x5a5a, ptr};
+    Head *head = (Head *)ptr - 1;
+    *out = (Shared){0x5a5a, ptr, sizeof *head + head->bytes, getpid(), head->file};
     memset(out->pad, 0xa5, sizeof out->pad);
     return OK;
 }
 int cuIpcOpenMemHandle_v2(uint64_t *ptr, Shared handle, unsigned flags) {
     NEED_CONTEXT;
     NOT_IN_CAPTURE;
-    if (handle.mark != 0x5a5a || (unsigned char)handle.pad[47] != 0xa5 || flags != 1) return INVALID_VALUE;
+    if (handle.mark != 0x5a5a || (unsigned char)handle.pad[31] != 0xa5 || flags != 1) return INVALID_VALUE;
+    if (handle.owner == getpid()) {        // which the driver refuses
+        peers++;
+        *ptr = handle.ptr;
+        return OK;
+    }
+    if (handle.file < 0 || env("STUB_NO_PEERS", 0)) return INVALID_VALUE;
+    int slot = 0;
+    while (slot < 64 && opened[slot].head) slot++;
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.owner, handle.file);
+    int file = open(path, O_RDWR);
+    if (slot == 64 || file < 0) return INVALID_VALUE;
+    Head *head = mmap(0, handle.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    if (head == MAP_FAILED) return INVALID_VALUE;
+    opened[slot].head = head;
+    opened[slot].bytes = handle.bytes;
     peers++;
-    *ptr = handle.ptr;
+    *ptr = (uint64_t)(head + 1);
     return OK;
 }
-int cuIpcCloseMemHandle(uint64_t ptr) { NEED_CONTEXT; peers--; return OK; }
+int cuIpcCloseMemHandle(uint64_t ptr) {
+    NEED_CONTEXT;
+    peers--;
+    for (int slot = 0; slot < 64; slot++)
+        if (opened[slot].head && (uint64_t)(opened[slot].head + 1) == ptr) {
+            munmap(opened[slot].head, opened[slot].bytes);
+            opened[slot].head = 0;
+        }
+    return OK;
+}
 
 typedef struct { void *to; const void *from; size_t bytes; int value; } Copy;
 static void do_copy(void *data) { Copy *c = data; memcpy(c->to, c->from, c->bytes); }

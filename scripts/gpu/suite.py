@@ -174,6 +174,8 @@ class Suite:
             ("dummy-d64 Q4_0 beside the CPU", 10, checks.dummy(d64, "--dummy-weights", "q4_0")),
             ("dummy-d128 Q4_1 beside the CPU", 10, checks.dummy(d128, "--dummy-weights", "q4_1")),
             ("two ranks beside the CPU", 15, checks.dummy(d64, "--dummy-weights", "bf16", "--tensor-parallel-size", 2)),
+            ("two ranks with sums in one shot", 20, checks.dummy(d64, "--dummy-weights", "bf16", "--tensor-parallel-size", 2,
+                                                                  "--custom-all-reduce", "always")),
             ("tokens drawn as on the host", 10, checks.sampling),
             ("many requests at once", 10, checks.many),
             ("two layers of 8B's widths beside the CPU", 45, checks.wide),

@@ -1,7 +1,9 @@
 //! A GPU that is none: NVIDIA's libraries replaced by ones that run everything, kernels too, on the CPU. The binary under test does
 //! not know.
 
+use std::collections::hash_map::DefaultHasher;
 use std::fs;
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Once;
@@ -35,27 +37,49 @@ fn variables(num_gpus: usize, memory: u64) -> Vec<(String, String)> {
         ("STUB_EMULATE", header.to_str().expect("UTF-8").to_owned()),
         ("STUB_DEVICES", num_gpus.to_string()),
         ("STUB_MEMORY", memory.to_string()),
+        ("STUB_SHARED", "1".to_owned()),
         ("TANDEM_CACHE_DIR", kernel_cache().to_str().expect("UTF-8").to_owned()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
 }
 
-/// As [`environment`], for a GPU that computes norms a little wrong: `dir` gets kernels of its own for it.
-pub fn wrong_environment(dir: &Path, memory: u64) -> Vec<(String, String)> {
-    let mut environment = environment(1, memory);
+/// What a GPU does wrong.
+pub struct Wrong {
+    /// Files of kernels that are compiled anew, by the beginnings of their names.
+    pub anew: &'static [&'static str],
+    /// What the emulation does, and what it does instead.
+    pub instead: [&'static str; 2],
+}
+
+/// Norms come out a little too large, and whether kernels were checked is forgotten.
+pub const WRONG_NORMS: Wrong =
+    Wrong { anew: &["norm-", "checked-"], instead: ["1.0f / sqrtf(x)", "1.02f / sqrtf(x)"] };
+
+/// What other ranks have is read as zeros.
+pub const WRONG_SUMS: Wrong = Wrong {
+    anew: &["all_reduce-"],
+    instead: [
+        "load16_volatile(const void* p) { return load16(p); }",
+        "load16_volatile(const void*) { return uint4{}; }",
+    ],
+};
+
+/// As [`environment`], for GPUs that do something wrong: `dir` gets kernels of its own for it.
+pub fn wrong_environment(dir: &Path, num_gpus: usize, memory: u64, what: &Wrong) -> Vec<(String, String)> {
+    let mut environment = environment(num_gpus, memory);
     let copies = dir.join("kernels");
     fs::create_dir_all(&copies).expect("a folder");
     for entry in fs::read_dir(kernel_cache().join("kernels")).expect("compiled kernels") {
         let entry = entry.expect("a file");
         let name = entry.file_name();
-        let stays = !["norm-", "checked-"].iter().any(|start| name.to_string_lossy().starts_with(start));
+        let stays = !what.anew.iter().any(|start| name.to_string_lossy().starts_with(start));
         if stays {
             fs::copy(entry.path(), copies.join(name)).expect("room for kernels");
         }
     }
     let header = fs::read_to_string(emulation()).expect("the header");
-    let wrong = header.replace("1.0f / sqrtf(x)", "1.02f / sqrtf(x)");
+    let wrong = header.replace(what.instead[0], what.instead[1]);
     assert_ne!(header, wrong);
     let wrong_header = dir.join("emulate.h");
     fs::write(&wrong_header, wrong).expect("room for a header");
@@ -73,6 +97,9 @@ fn emulation() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels/cu/emulate.h")
 }
 
+/// Of this emulation: kernels are kept by their own source.
 fn kernel_cache() -> PathBuf {
-    tandem_kernels::stub::build_dir().join("emulated-kernels")
+    let mut hasher = DefaultHasher::new();
+    fs::read(emulation()).expect("the header").hash(&mut hasher);
+    tandem_kernels::stub::build_dir().join(format!("emulated-kernels-{:016x}", hasher.finish()))
 }

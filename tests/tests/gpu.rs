@@ -325,7 +325,7 @@ fn a_gpu_that_computes_wrong_is_refused() {
     let _turn = turn();
     let (model, dir) = (golden_path("dummy-d64"), tempfile::tempdir().expect("a folder"));
     let all = [&[model.to_str().expect("UTF-8"), "--device", "cuda"][..], &SMALL].concat();
-    let environment = stand_in::wrong_environment(dir.path(), MEMORY);
+    let environment = stand_in::wrong_environment(dir.path(), 1, MEMORY, &stand_in::WRONG_NORMS);
     for _ in 0..2 {
         let mut server = Server::spawn_with(&all, &environment);
         let status = server.wait(Duration::from_secs(300));
@@ -365,27 +365,55 @@ fn options_of_the_cpu_are_refused_on_a_gpu() {
 }
 
 /// Ranks of a group on GPUs compute the numbers of one rank but for rounding, and one that dies is replaced while its stream waits:
-/// by way of the host where they share a GPU, by NCCL, also in recorded steps, where each has its own.
+/// by way of the host where they share a GPU, by NCCL, also in recorded steps, where each has its own, and either way with small sums
+/// by a kernel that reads the other's memory.
 #[test]
 fn ranks_on_gpus_compute_one_model_and_heal() {
     let _turn = turn();
     let alone = start_on(1, "dummy-d64", &[]);
-    for num_gpus in [1, 2] {
+    for (num_gpus, custom, in_one_shot) in
+        [(1, "auto", false), (1, "always", true), (2, "never", false), (2, "auto", true)]
+    {
         // A cached prompt is computed in other products than one that is not.
-        let group = start_on(
-            num_gpus,
-            "dummy-d64",
-            &["--tensor-parallel-size", "2", "--enable-prefix-caching=false"],
-        );
-        assert_eq!(group.output().contains("go by way of the host"), num_gpus == 1, "{}", group.output());
-        for len in [5, 70] {
-            let prompt = prompt(len, len);
-            let (expected, found) = (scores(&alone, &prompt), scores(&group, &prompt));
-            let worst = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-            assert!(worst < 0.12, "{worst} apart in {len} tokens");
-        }
-        assert!(group.output().contains("2 ranks"), "{}", group.output());
+        let group =
+            start_on(num_gpus, "dummy-d64", &[&TWO_RANKS[..], &["--custom-all-reduce", custom]].concat());
+        let output = group.output();
+        assert_eq!(output.contains("go by way of the host"), num_gpus == 1, "{output}");
+        assert_eq!(output.contains(IN_ONE_SHOT), in_one_shot, "{num_gpus} GPUs, {custom}: {output}");
+        assert!(are_of_one_model(&alone, &group));
+        assert!(output.contains("2 ranks"), "{output}");
         heal(&group);
+    }
+}
+
+const TWO_RANKS: [&str; 3] = ["--tensor-parallel-size", "2", "--enable-prefix-caching=false"];
+const IN_ONE_SHOT: &str = "small sums over ranks are made in one shot";
+
+fn are_of_one_model(one: &Server, other: &Server) -> bool {
+    [5, 70].into_iter().all(|len| {
+        let prompt = prompt(len, len);
+        let (expected, found) = (scores(one, &prompt), scores(other, &prompt));
+        let worst = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        println!("{worst} apart in {len} tokens");
+        worst < 0.12
+    })
+}
+
+/// Where GPUs do not reach each other's memory, or what is read there is wrong, sums go by NCCL, and who wants them otherwise is
+/// told why they do not.
+#[test]
+fn sums_in_one_shot_are_tried_before_they_are_used() {
+    let _turn = turn();
+    let alone = start_on(1, "dummy-d64", &[]);
+    let dir = tempfile::tempdir().expect("a folder");
+    let wrong = stand_in::wrong_environment(dir.path(), 2, MEMORY, &stand_in::WRONG_SUMS);
+    let mut out_of_reach = stand_in::environment(2, MEMORY);
+    out_of_reach.push(("STUB_NO_PEERS".into(), "1".into()));
+    for (environment, reason) in [(&wrong, "came out wrong"), (&out_of_reach, "is out of reach")] {
+        let group = start_with("dummy-d64", "cuda", &TWO_RANKS, environment);
+        let output = group.output();
+        assert!(output.contains(reason) && !output.contains(IN_ONE_SHOT), "{output}");
+        assert!(are_of_one_model(&alone, &group), "{reason}");
     }
 }
 

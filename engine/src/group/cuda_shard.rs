@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use tandem_kernels::comm::{
-    Communicator, DeviceCollectives, DeviceCommError, HostCollectives, Nccl, NcclAbort, NcclCollectives,
-    NcclCommunicator, NcclError, NcclOptions, NcclUniqueId, TcpCommunicator, TcpOptions,
+    CommError, Communicator, DeviceCollectives, DeviceCommError, HostCollectives, Meeting, Nccl, NcclAbort,
+    NcclCollectives, NcclCommunicator, NcclError, NcclOptions, NcclUniqueId, ONE_SHOT_BYTES, ONE_SHOT_RANKS,
+    OneShot, OneShotAbort, OneShotMemory, SmallSums, TcpCommunicator, TcpOptions,
 };
 use tandem_kernels::cuda::CudaError;
 use tandem_models::ForwardBatch;
@@ -36,34 +37,81 @@ impl Transport {
     }
 }
 
+/// Whether few values are summed over ranks by a kernel of our own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CustomAllReduce {
+    /// Where every rank has a GPU of its own, all on one machine, and they reach each other's memory.
+    #[default]
+    Auto,
+    /// Also where ranks share a GPU; refused where it cannot be.
+    Always,
+    Never,
+}
+
+impl CustomAllReduce {
+    /// For people, and for ranks to compare.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
 /// Model with its KV, and connections.
 pub(crate) struct CudaShard {
     step: CudaStep,
     transport: Transport,
+    custom_all_reduce: CustomAllReduce,
     others: Option<Connected>,
+    /// Taken for the first group, kept for all.
+    one_shot: Option<OneShotMemory>,
 }
 
 enum Connected {
-    Nccl(NcclCollectives),
-    Host(HostCollectives),
+    Nccl(SmallSums<NcclCollectives>),
+    Host(SmallSums<HostCollectives>),
 }
 
 impl CudaShard {
-    pub(crate) fn new(step: CudaStep, transport: Transport) -> Self {
-        Self { step, transport, others: None }
+    pub(crate) fn new(step: CudaStep, transport: Transport, custom_all_reduce: CustomAllReduce) -> Self {
+        Self { step, transport, custom_all_reduce, others: None, one_shot: None }
     }
 
     /// Ends what an older epoch left: recorded steps first, for they hold the communicator.
     fn part(&mut self) -> Result<(), ShardError> {
         self.step.model.forget_graphs();
-        let Some(Connected::Nccl(NcclCollectives(comm))) = self.others.take() else { return Ok(()) };
-        let abort = comm.abort_handle();
-        abort.abort();
-        drop(comm);
-        match abort.wait_released(RELEASE) {
-            true => Ok(()),
-            false => Err(ShardError::Unfit("NCCL does not let go of the GPU".into())),
+        let Some(others) = self.others.take() else { return Ok(()) };
+        others.give_up();
+        let (one_shot, nccl) = match others {
+            Connected::Nccl(SmallSums { others, one_shot }) => (one_shot, Some(others)),
+            Connected::Host(SmallSums { one_shot, .. }) => (one_shot, None),
+        };
+        if let Some(NcclCollectives(comm)) = nccl {
+            let abort = comm.abort_handle();
+            abort.abort();
+            drop(comm);
+            if !abort.wait_released(RELEASE) {
+                return Err(ShardError::Unfit("NCCL does not let go of the GPU".into()));
+            }
         }
+        // The others take it that no kernel of this rank writes into their memory when it meets them again.
+        match one_shot.is_none() || self.is_idle_within(RELEASE)? {
+            true => Ok(()),
+            false => Err(ShardError::Unfit("sums over ranks do not let go of the GPU".into())),
+        }
+    }
+
+    fn is_idle_within(&self, patience: Duration) -> Result<bool, ShardError> {
+        let start = Instant::now();
+        while !self.step.model.runner().cuda().is_idle().map_err(of_device)? {
+            if start.elapsed() >= patience {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(true)
     }
 
     fn connect(&mut self, forming: Forming<'_>) -> Result<Connected, ShardError> {
@@ -71,17 +119,25 @@ impl CudaShard {
         let mut comm = TcpCommunicator::new(forming.rank, forming.peers, options)?;
         let on_host = comm.abort_handle();
         let given_up = || ShardError::Failed("given up".into());
+        let small = self.begin_small_sums(forming.size)?;
+        let ends_small = small.clone();
         if self.transport == Transport::Host {
-            return match forming.aborts.watch(forming.epoch, move || on_host.abort()) {
-                true => Ok(Connected::Host(HostCollectives::new(comm))),
-                false => Err(given_up()),
-            };
+            let watched = forming.aborts.watch(forming.epoch, move || {
+                on_host.abort();
+                ends_small.iter().for_each(OneShotAbort::abort);
+            });
+            if !watched {
+                return Err(given_up());
+            }
+            let one_shot = self.meet(&mut comm, small)?;
+            return Ok(Connected::Host(SmallSums { others: HostCollectives::new(comm), one_shot }));
         }
         let nccl = Nccl::open()?;
         let abort = NcclAbort::new(nccl);
         let on_device = abort.clone();
         let watched = forming.aborts.watch(forming.epoch, move || {
             on_host.abort();
+            ends_small.iter().for_each(OneShotAbort::abort);
             // It may take seconds, for which whoever gives up cannot be silent.
             let aborting = std::thread::Builder::new().name("tandem-abort".into());
             if let Err(error) = aborting.spawn(move || on_device.abort()) {
@@ -96,7 +152,53 @@ impl CudaShard {
         let place = (forming.rank, forming.size);
         let communicator = NcclCommunicator::init(&abort, &id, place, NcclOptions::default());
         let communicator = communicator.map_err(|error| of_step(error.into()))?;
-        Ok(Connected::Nccl(NcclCollectives(communicator)))
+        let one_shot = self.meet(&mut comm, small)?;
+        Ok(Connected::Nccl(SmallSums { others: NcclCollectives(communicator), one_shot }))
+    }
+
+    /// What will end sums in one shot, if they are to be tried: a question whose answer all ranks have alike.
+    fn begin_small_sums(&mut self, size: usize) -> Result<Option<OneShotAbort>, ShardError> {
+        let wanted = match self.custom_all_reduce {
+            CustomAllReduce::Never => false,
+            // Ranks on one GPU take turns of milliseconds: they would wait for each other longer than the host takes.
+            CustomAllReduce::Auto => self.transport == Transport::Nccl,
+            CustomAllReduce::Always => true,
+        };
+        if !wanted || size > ONE_SHOT_RANKS {
+            return match self.custom_all_reduce {
+                CustomAllReduce::Always => Err(cannot_be("there are too many ranks")),
+                _ => Ok(None),
+            };
+        }
+        if self.one_shot.is_none() {
+            let cuda = self.step.model.runner().cuda();
+            self.one_shot = Some(OneShotMemory::new(cuda, size).map_err(of_device)?);
+        }
+        self.one_shot.as_ref().map(OneShotMemory::begin).transpose().map_err(of_device)
+    }
+
+    fn meet(
+        &self,
+        comm: &mut TcpCommunicator,
+        abort: Option<OneShotAbort>,
+    ) -> Result<Option<OneShot>, ShardError> {
+        let (Some(abort), Some(memory)) = (abort, &self.one_shot) else { return Ok(None) };
+        let meeting = memory.meet(self.step.model.runner(), comm, &abort).map_err(of_step)?;
+        match meeting {
+            Meeting::All(one_shot) => {
+                tracing::info!(most_bytes = ONE_SHOT_BYTES, "small sums over ranks are made in one shot");
+                Ok(Some(one_shot))
+            }
+            Meeting::NotAll(reason) if self.custom_all_reduce == CustomAllReduce::Always => {
+                Err(cannot_be(reason.as_deref().unwrap_or("another rank cannot")))
+            }
+            Meeting::NotAll(reason) => {
+                if let Some(reason) = reason {
+                    tracing::info!(reason, "small sums over ranks go by NCCL");
+                }
+                Ok(None)
+            }
+        }
     }
 }
 
@@ -117,7 +219,10 @@ impl ShardDevice for CudaShard {
         };
         let start = Instant::now();
         self.step.queue(batch, rows, Some(others.collectives())).map_err(of_step)?;
-        others.wait(&self.step).map_err(of_step)?;
+        if let Err(error) = others.wait(&self.step) {
+            others.give_up();
+            return Err(of_step(error));
+        }
         let forward = start.elapsed();
         Ok(ShardOutput { forward, rows: self.step.collect(batch, rows).map_err(of_device)? })
     }
@@ -141,14 +246,40 @@ impl Connected {
         }
     }
 
+    fn one_shot(&self) -> Option<&OneShot> {
+        match self {
+            Self::Nccl(collectives) => collectives.one_shot.as_ref(),
+            Self::Host(collectives) => collectives.one_shot.as_ref(),
+        }
+    }
+
+    /// Ends kernels that wait for other ranks.
+    fn give_up(&self) {
+        if let Some(one_shot) = self.one_shot() {
+            one_shot.abort_handle().abort();
+        }
+    }
+
     /// Waits until a step is done, while it looks whether the communicator was given up or has failed.
     fn wait(&self, step: &CudaStep) -> Result<(), DeviceCommError> {
         match self {
-            Self::Nccl(NcclCollectives(comm)) => Ok(comm.wait(STEP_DEADLINE, || step.is_done())?),
-            Self::Host(_) if wait_for_device(step)? => Ok(()),
-            Self::Host(_) => Err(NcclError::Timeout { what: "a step", ms: STEP_DEADLINE.as_millis() }.into()),
+            Self::Nccl(sums) => sums.others.0.wait(STEP_DEADLINE, || step.is_done())?,
+            Self::Host(_) if wait_for_device(step)? => {}
+            Self::Host(_) => {
+                let ms = STEP_DEADLINE.as_millis();
+                return Err(NcclError::Timeout { what: "a step", ms }.into());
+            }
+        }
+        // Given up, kernels end as if they had the sums.
+        match self.one_shot().is_some_and(|sums| sums.abort_handle().is_aborted()) {
+            true => Err(CommError::Aborted.into()),
+            false => Ok(()),
         }
     }
+}
+
+fn cannot_be(reason: &str) -> ShardError {
+    ShardError::Unfit(format!("custom-all-reduce is always, and cannot be: {reason}"))
 }
 
 /// Rank 0 makes an id and gives it to all, bits for bits: the ranks' connections carry words.

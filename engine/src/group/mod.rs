@@ -35,6 +35,7 @@ mod simulation;
 pub(crate) mod status;
 
 pub(crate) use cpu_shard::CpuShard;
+pub use cuda_shard::CustomAllReduce;
 pub(crate) use cuda_shard::{CudaShard, Transport};
 pub(crate) use device::ShardDevice;
 

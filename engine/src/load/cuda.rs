@@ -288,7 +288,7 @@ impl Inspected {
             tracing::warn!(reason, "collectives go by way of the host, which is slow");
         }
         Ok(LoadedShard {
-            device: Box::new(CudaShard::new(step, transport)),
+            device: Box::new(CudaShard::new(step, transport, options.custom_all_reduce)),
             loaded,
             max_tokens: options.max_num_batched_tokens,
             max_logits_rows: options.max_logits_rows(),

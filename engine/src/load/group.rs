@@ -119,7 +119,9 @@ impl Inspected {
         ];
         let transport =
             self.device.as_ref().map(|device| ("collectives", device.transport().name().to_owned()));
-        let terms = terms.into_iter().chain(transport);
+        let sums =
+            self.device.as_ref().map(|_| ("custom-all-reduce", options.custom_all_reduce.name().to_owned()));
+        let terms = terms.into_iter().chain(transport).chain(sums);
         Ok(terms.map(|(name, value)| Term { name: name.to_owned(), value }).collect())
     }
 

@@ -22,6 +22,7 @@ use tandem_models::{
 };
 use thiserror::Error;
 
+use crate::group::CustomAllReduce;
 use cuda::ChosenDevice;
 pub use cuda::{DeviceChoice, KernelCheck, check_kernels, compile_kernels};
 pub use group::{Gathering, LeadOptions};
@@ -102,6 +103,7 @@ pub struct EngineOptions {
     pub gpu_memory_utilization: f64,
     /// No graphs: every launch by itself.
     pub enforce_eager: bool,
+    pub custom_all_reduce: CustomAllReduce,
     pub prefix_caching: bool,
     pub max_queued_requests: usize,
     pub max_queued_bytes: usize,
@@ -127,6 +129,7 @@ impl Default for EngineOptions {
             kv_cache_memory_bytes: None,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,
+            custom_all_reduce: CustomAllReduce::default(),
             prefix_caching: config.prefix_caching,
             max_queued_requests: config.max_queued_requests,
             max_queued_bytes: config.max_queued_bytes,

@@ -2,12 +2,14 @@
 //!
 //! [`NcclCollectives`] queues them on the device's stream: what GPUs are connected by carries them. [`HostCollectives`] brings the
 //! values to the host and over the ranks' own connections: slow, and right everywhere, also where NCCL is not installed or several
-//! ranks share a GPU.
+//! ranks share a GPU. [`SmallSums`] sums few values in one shot where ranks reach each other's memory, and leaves the rest to one of
+//! the two.
 
 use half::bf16;
 
-use super::{CommError, Communicator, NcclCommunicator, NcclError, TcpCommunicator};
-use crate::cuda::{CudaError, DeviceSlice};
+use super::{CommError, Communicator, NcclCommunicator, NcclError, OneShot, TcpCommunicator};
+use crate::cuda::launcher::Reduced;
+use crate::cuda::{CudaError, DeviceSlice, Runner};
 
 /// Why a collective did not happen.
 #[derive(Debug, thiserror::Error)]
@@ -25,17 +27,25 @@ pub trait DeviceCollectives {
     /// Which rank this is, and how many there are.
     fn place(&self) -> (usize, usize);
 
-    /// `values` = the sum of all ranks' `values`, on every rank.
+    /// `values` = the sum of all ranks' `values`, on every rank; kernels of our own are `runner`'s.
     ///
     /// # Errors
     /// [`DeviceCommError`]; it is of no use afterwards.
-    fn all_reduce_bf16(&mut self, values: DeviceSlice<'_, bf16>) -> Result<(), DeviceCommError>;
+    fn all_reduce_bf16(
+        &mut self,
+        runner: &Runner,
+        values: DeviceSlice<'_, bf16>,
+    ) -> Result<(), DeviceCommError>;
 
     /// The same for f32.
     ///
     /// # Errors
     /// As there.
-    fn all_reduce_f32(&mut self, values: DeviceSlice<'_, f32>) -> Result<(), DeviceCommError>;
+    fn all_reduce_f32(
+        &mut self,
+        runner: &Runner,
+        values: DeviceSlice<'_, f32>,
+    ) -> Result<(), DeviceCommError>;
 
     /// `all` [P · N] = every rank's `own` [N], in the order of ranks.
     ///
@@ -60,11 +70,11 @@ impl DeviceCollectives for NcclCollectives {
         (self.0.rank(), self.0.size())
     }
 
-    fn all_reduce_bf16(&mut self, values: DeviceSlice<'_, bf16>) -> Result<(), DeviceCommError> {
+    fn all_reduce_bf16(&mut self, _: &Runner, values: DeviceSlice<'_, bf16>) -> Result<(), DeviceCommError> {
         Ok(self.0.all_reduce(values)?)
     }
 
-    fn all_reduce_f32(&mut self, values: DeviceSlice<'_, f32>) -> Result<(), DeviceCommError> {
+    fn all_reduce_f32(&mut self, _: &Runner, values: DeviceSlice<'_, f32>) -> Result<(), DeviceCommError> {
         Ok(self.0.all_reduce(values)?)
     }
 
@@ -120,7 +130,7 @@ impl DeviceCollectives for HostCollectives {
         (self.comm.rank(), self.comm.size())
     }
 
-    fn all_reduce_bf16(&mut self, values: DeviceSlice<'_, bf16>) -> Result<(), DeviceCommError> {
+    fn all_reduce_bf16(&mut self, _: &Runner, values: DeviceSlice<'_, bf16>) -> Result<(), DeviceCommError> {
         self.rounded.resize(values.len(), bf16::ZERO);
         values.read(&mut self.rounded)?;
         self.own.clear();
@@ -131,7 +141,7 @@ impl DeviceCollectives for HostCollectives {
         Ok(values.write(&self.rounded)?)
     }
 
-    fn all_reduce_f32(&mut self, values: DeviceSlice<'_, f32>) -> Result<(), DeviceCommError> {
+    fn all_reduce_f32(&mut self, _: &Runner, values: DeviceSlice<'_, f32>) -> Result<(), DeviceCommError> {
         self.own.resize(values.len(), 0.0);
         values.read(&mut self.own)?;
         self.sum()?;
@@ -151,5 +161,57 @@ impl DeviceCollectives for HostCollectives {
 
     fn is_queued(&self) -> bool {
         false
+    }
+}
+
+/// Sums of few values in one shot, if the ranks can do that, and everything else by `others`.
+pub struct SmallSums<C> {
+    pub others: C,
+    pub one_shot: Option<OneShot>,
+}
+
+impl<C> SmallSums<C> {
+    fn one_shot(&self, reduced: Reduced, count: usize) -> Option<&OneShot> {
+        self.one_shot.as_ref().filter(|_| OneShot::takes(reduced, count))
+    }
+}
+
+impl<C: DeviceCollectives> DeviceCollectives for SmallSums<C> {
+    fn place(&self) -> (usize, usize) {
+        self.others.place()
+    }
+
+    fn all_reduce_bf16(
+        &mut self,
+        runner: &Runner,
+        values: DeviceSlice<'_, bf16>,
+    ) -> Result<(), DeviceCommError> {
+        match self.one_shot(Reduced::Bf16, values.len()) {
+            Some(sums) => Ok(sums.all_reduce(runner, values.address(), Reduced::Bf16, values.len())?),
+            None => self.others.all_reduce_bf16(runner, values),
+        }
+    }
+
+    fn all_reduce_f32(
+        &mut self,
+        runner: &Runner,
+        values: DeviceSlice<'_, f32>,
+    ) -> Result<(), DeviceCommError> {
+        match self.one_shot(Reduced::F32, values.len()) {
+            Some(sums) => Ok(sums.all_reduce(runner, values.address(), Reduced::F32, values.len())?),
+            None => self.others.all_reduce_f32(runner, values),
+        }
+    }
+
+    fn all_gather_f32(
+        &mut self,
+        own: DeviceSlice<'_, f32>,
+        all: DeviceSlice<'_, f32>,
+    ) -> Result<(), DeviceCommError> {
+        self.others.all_gather_f32(own, all)
+    }
+
+    fn is_queued(&self) -> bool {
+        self.others.is_queued()
     }
 }

@@ -12,16 +12,18 @@
 mod device;
 mod error;
 mod nccl;
+mod one_shot;
 mod tcp;
 
 use std::ops::Range;
 
-pub use device::{DeviceCollectives, DeviceCommError, HostCollectives, NcclCollectives};
+pub use device::{DeviceCollectives, DeviceCommError, HostCollectives, NcclCollectives, SmallSums};
 pub use error::CommError;
 pub use nccl::{
     NCCL_LIBRARY_VARIABLE, Nccl, NcclAbort, NcclCommunicator, NcclElement, NcclError, NcclOptions,
     NcclUniqueId,
 };
+pub use one_shot::{Meeting, ONE_SHOT_BYTES, ONE_SHOT_RANKS, OneShot, OneShotAbort, OneShotMemory};
 pub use tcp::{AbortHandle, TcpCommunicator, TcpOptions};
 
 use crate::cpu::{Epilogue, Team};

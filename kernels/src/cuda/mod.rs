@@ -36,6 +36,7 @@ mod driver;
 #[cfg(test)]
 mod emulator;
 mod error;
+mod flag;
 mod gemm;
 mod graph;
 mod kernel_set;
@@ -62,6 +63,7 @@ pub use device::{Cuda, DeviceInfo, MemoryInfo};
 pub use device_launcher::DeviceLauncher;
 pub use driver::Unavailable;
 pub use error::CudaError;
+pub use flag::HostFlag;
 pub use gemm::{Fp8Scales, Gemm, GemmOptions, GemmOutput, GemmShape, GemmTypes, MAX_TUNED_ROWS, TunedGemm};
 pub use graph::{GRAPH_BUCKETS, Graph, bucket_of};
 pub use kernel_set::KernelSet;

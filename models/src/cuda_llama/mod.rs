@@ -310,7 +310,7 @@ impl CudaLlama {
             vocab,
         ))?;
         if let Some(others) = others {
-            others.all_reduce_f32(work.hidden.slice(0, tokens * config.hidden_size))?;
+            others.all_reduce_f32(runner, work.hidden.slice(0, tokens * config.hidden_size))?;
         }
         runner.launch(&launcher::rms_norm(normed, hidden, tokens, norm(&self.layers[0].attention_norm)))?;
         for (index, layer) in self.layers.iter().enumerate() {
@@ -339,7 +339,7 @@ impl CudaLlama {
                 }
                 layer.multiply(products, tokens, x, &work.delta)?;
                 if let Some(others) = others {
-                    others.all_reduce_bf16(work.delta.slice(0, tokens * config.hidden_size))?;
+                    others.all_reduce_bf16(runner, work.delta.slice(0, tokens * config.hidden_size))?;
                 }
                 let delta = address(&work.delta);
                 runner.launch(&launcher::add_rms_norm_bf16(normed, hidden, delta, tokens, norm(weight)))?;

@@ -14,8 +14,8 @@ use tandem_engine::{
 
 use super::Exit;
 use crate::config::{
-    Activations, CommonConfig, ConfigError, Device, Dtype, GroupConfig, Isa, KvCacheDtype, LoadFormat,
-    Quantization, WeightType,
+    Activations, CommonConfig, ConfigError, CustomAllReduce, Device, Dtype, GroupConfig, Isa, KvCacheDtype,
+    LoadFormat, Quantization, WeightType,
 };
 use crate::text::{ChatTemplate, TextError, Tokenizer};
 
@@ -281,6 +281,11 @@ pub(super) fn engine_options(
         kv_cache_memory_bytes: config.kv_cache_memory_bytes,
         gpu_memory_utilization: config.gpu_memory_utilization,
         enforce_eager: config.enforce_eager,
+        custom_all_reduce: match config.custom_all_reduce {
+            CustomAllReduce::Auto => tandem_engine::CustomAllReduce::Auto,
+            CustomAllReduce::Always => tandem_engine::CustomAllReduce::Always,
+            CustomAllReduce::Never => tandem_engine::CustomAllReduce::Never,
+        },
         prefix_caching: config.prefix_caching,
         max_queued_requests,
         max_queued_bytes: MAX_QUEUED_BYTES,

@@ -13,7 +13,8 @@ use super::identity::{self, GroupConfig};
 use super::layers::{Environment, Origins};
 use super::secret::ApiKey;
 use super::values::{
-    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
+    Activations, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization,
+    WeightType,
 };
 
 /// Tokens per KV block.
@@ -62,6 +63,8 @@ pub struct CommonConfig {
     pub device: Device,
     /// No graphs on a GPU.
     pub enforce_eager: bool,
+    /// Small sums over ranks by a kernel of our own.
+    pub custom_all_reduce: CustomAllReduce,
     /// Share of a GPU's memory that may be used, 0 to 1.
     pub gpu_memory_utilization: f64,
     /// Query tokens in one step.
@@ -301,6 +304,10 @@ pub(super) fn common(
         kv_cache_dtype: memory.kv_cache_dtype,
         device: compute.device,
         enforce_eager: compute.enforce_eager,
+        custom_all_reduce: match compute.disable_custom_all_reduce {
+            true => CustomAllReduce::Never,
+            false => compute.custom_all_reduce,
+        },
         gpu_memory_utilization: memory.gpu_memory_utilization,
         isa: compute.isa,
         threads: compute.threads.map(usize::from),

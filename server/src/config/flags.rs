@@ -13,8 +13,8 @@ use clap::{Arg, ArgAction, Args, CommandFactory, Parser, Subcommand};
 use super::bench::{Endpoint, OutputFormat};
 use super::layers;
 use super::values::{
-    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
-    byte_size, share,
+    Activations, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization,
+    WeightType, byte_size, share,
 };
 
 const MODEL: &str = "Model";
@@ -140,6 +140,13 @@ pub(super) struct ComputeFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           default_value = "false", hide_possible_values = true, help_heading = COMPUTE)]
     pub(super) enforce_eager: bool,
+    /// On GPUs of one machine: whether small sums over ranks are made by a kernel of Tandem's own instead of NCCL
+    #[arg(long, value_name = "WHEN", default_value = "auto", help_heading = COMPUTE)]
+    pub(super) custom_all_reduce: CustomAllReduce,
+    /// As --custom-all-reduce never
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_possible_values = true, hide = true, help_heading = COMPUTE)]
+    pub(super) disable_custom_all_reduce: bool,
     /// Type that quantised weights are multiplied with
     #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = COMPUTE)]
     pub(super) activations: Activations,

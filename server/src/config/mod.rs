@@ -23,7 +23,8 @@ pub use identity::GroupConfig;
 pub use layers::{Environment, Origins, environment_of_process};
 pub use secret::ApiKey;
 pub use values::{
-    Activations, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization, WeightType,
+    Activations, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization,
+    WeightType,
 };
 
 use clap::FromArgMatches;

@@ -13,6 +13,17 @@ pub enum Device {
     Cuda,
 }
 
+/// `--custom-all-reduce`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CustomAllReduce {
+    /// Where every rank has a GPU of its own and they reach each other's memory.
+    Auto,
+    /// Also where ranks share a GPU, for tests; refused where it cannot be.
+    Always,
+    /// All sums by NCCL or the host.
+    Never,
+}
+
 /// `--dtype`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
