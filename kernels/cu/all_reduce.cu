@@ -7,12 +7,13 @@
 // counted on the device, one for each block, so that a captured launch can be replayed. That holds only if all blocks of a
 // launch are at the same epoch, so every launch of a group has the same grid, however little there is to add.
 //
-// The wait ends when `abort` is set; the output is then worthless. The grid has at most as many blocks as can be resident
-// at once.
+// A wait ends when `abort` is set, which is looked at now and then, for it lies on the host. The output is then worthless, and the
+// block stops for good: it neither publishes anything any more, so that no rank takes nonsense for a sum, nor touches the memory of
+// ranks that may be gone. The grid has at most as many blocks as can be resident at once.
 //
 //   buffers u64 [world_size]: addresses of each rank's 2 · capacity bytes
 //   flags   u64 [world_size]: addresses of each rank's u32 [blocks][world_size], zero before the first launch
-//   epochs  u32 [blocks] of this rank, zero before the first launch
+//   epochs  u32 [2][blocks] of this rank: epochs, and whether a block has stopped; zero before the first launch
 //   count   a multiple of 8; count values fit capacity bytes
 
 DEVICE void add16(float (&sum)[8], const bf16*, uint4 x) {
@@ -36,6 +37,8 @@ template <class T>
 DEVICE void all_reduce(T* out, const T* input, const u64* buffers, const u64* flags, u32* epochs, const u32* abort, int rank,
                        int world_size, int count, u64 capacity) {
     constexpr int EACH = 16 / sizeof(T);
+    u32* stopped = epochs + gridDim.x + blockIdx.x;
+    if (*stopped != 0) return;
     const u32 epoch = epochs[blockIdx.x] + 1;
     const u64 half = (epoch & 1) * capacity;
     const int first = (blockIdx.x * blockDim.x + threadIdx.x) * EACH, step = gridDim.x * blockDim.x * EACH;
@@ -49,9 +52,16 @@ DEVICE void all_reduce(T* out, const T* input, const u64* buffers, const u64* fl
         store_release(reinterpret_cast<u32*>(flags[peer]) + blockIdx.x * world_size + rank, epoch);
         const u32* arrived = reinterpret_cast<const u32*>(flags[rank]) + blockIdx.x * world_size + peer;
         // By difference, so that epochs may wrap around.
-        while (static_cast<int>(load_acquire(arrived) - epoch) < 0 && load_acquire(abort) == 0) spin_pause();
+        for (u32 spins = 1; static_cast<int>(load_acquire(arrived) - epoch) < 0; spins++) {
+            if (spins % 64 == 0 && load_acquire(abort) != 0) {
+                *stopped = 1;
+                break;
+            }
+            spin_pause();
+        }
     }
     sync_block();
+    if (load_acquire(stopped) != 0) return;
     for (int i = first; i < count; i += step) {
         float sum[EACH] = {};
         for (int r = 0; r < world_size; r++)

@@ -383,6 +383,9 @@ fn ranks_on_gpus_compute_one_model_and_heal() {
         assert!(are_of_one_model(&alone, &group));
         assert!(output.contains("2 ranks"), "{output}");
         heal(&group);
+        // Each rank says so for each epoch.
+        let times = group.output().matches(IN_ONE_SHOT).count();
+        assert_eq!(times, if in_one_shot { 4 } else { 0 }, "{}", group.output());
     }
 }
 

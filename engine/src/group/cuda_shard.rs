@@ -103,6 +103,11 @@ impl CudaShard {
         }
     }
 
+    fn make_ready(&mut self, num_blocks: usize, others: &mut Connected) -> Result<(), ShardError> {
+        self.step.model.allocate_kv(num_blocks).map_err(of_device)?;
+        self.step.model.record(Some(others.collectives())).map_err(of_step)
+    }
+
     fn is_idle_within(&self, patience: Duration) -> Result<bool, ShardError> {
         let start = Instant::now();
         while !self.step.model.runner().cuda().is_idle().map_err(of_device)? {
@@ -120,11 +125,11 @@ impl CudaShard {
         let on_host = comm.abort_handle();
         let given_up = || ShardError::Failed("given up".into());
         let small = self.begin_small_sums(forming.size)?;
-        let ends_small = small.clone();
+        let ends_small = small.as_ref().map(OneShotAbort::from_elsewhere);
         if self.transport == Transport::Host {
             let watched = forming.aborts.watch(forming.epoch, move || {
                 on_host.abort();
-                ends_small.iter().for_each(OneShotAbort::abort);
+                ends_small.iter().for_each(|end| end());
             });
             if !watched {
                 return Err(given_up());
@@ -137,7 +142,7 @@ impl CudaShard {
         let on_device = abort.clone();
         let watched = forming.aborts.watch(forming.epoch, move || {
             on_host.abort();
-            ends_small.iter().for_each(OneShotAbort::abort);
+            ends_small.iter().for_each(|end| end());
             // It may take seconds, for which whoever gives up cannot be silent.
             let aborting = std::thread::Builder::new().name("tandem-abort".into());
             if let Err(error) = aborting.spawn(move || on_device.abort()) {
@@ -207,10 +212,12 @@ impl ShardDevice for CudaShard {
         self.part()?;
         let num_blocks = forming.num_blocks;
         let mut others = self.connect(forming)?;
-        self.step.model.allocate_kv(num_blocks).map_err(of_device)?;
-        self.step.model.record(Some(others.collectives())).map_err(of_step)?;
+        let ready = self.make_ready(num_blocks, &mut others);
         self.others = Some(others);
-        Ok(())
+        if ready.is_err() {
+            self.part()?;
+        }
+        ready
     }
 
     fn step(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<ShardOutput, ShardError> {
@@ -309,6 +316,7 @@ fn of_device(error: CudaError) -> ShardError {
 fn of_step(error: DeviceCommError) -> ShardError {
     match error {
         DeviceCommError::Cuda(error) | DeviceCommError::Nccl(NcclError::Device(error)) => of_device(error),
+        error @ DeviceCommError::Stuck => ShardError::Unfit(error.to_string()),
         // "Unhandled CUDA error": the device has failed, and every new communicator on it would.
         DeviceCommError::Nccl(error @ NcclError::Failed { code: 1, .. }) => {
             ShardError::Unfit(error.to_string())

@@ -20,6 +20,11 @@ pub enum DeviceCommError {
     Nccl(#[from] NcclError),
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// Nothing can be done about it in this process.
+    #[error(
+        "the GPU does not end what it is at; if that is a sum in one shot, --custom-all-reduce never leaves those out"
+    )]
+    Stuck,
 }
 
 /// One rank's end of a group of GPUs. All ranks call the same with the same sizes in the same order.

@@ -31,8 +31,10 @@ pub struct OneShotMemory {
     world_size: usize,
     /// What the others read and write: 2 · [`ONE_SHOT_BYTES`] of values, then u32 [blocks][world size] flags.
     shared: DeviceBuffer,
-    /// What only this rank uses: u64 [2][world size] addresses, then u32 [blocks] epochs.
+    /// What only this rank uses: u64 [2][world size] addresses, then u32 [2][blocks] epochs.
     own: DeviceBuffer,
+    /// For sums that are tried.
+    trial: DeviceBuffer,
 }
 
 /// Ends one group's sums, from any thread: kernels that wait for others stop, and results are worthless.
@@ -42,10 +44,11 @@ pub struct OneShotAbort(Arc<HostFlag>);
 /// One group's sums in one shot. The [`OneShotMemory`] outlives it, and graphs that hold sums are dropped before.
 #[derive(Debug)]
 pub struct OneShot {
+    cuda: Cuda,
     group: Group,
     abort: OneShotAbort,
     /// Open for as long as kernels read them.
-    _peers: Vec<PeerBuffer>,
+    peers: Vec<PeerBuffer>,
 }
 
 /// What came of a meeting.
@@ -65,10 +68,32 @@ impl OneShotAbort {
     pub fn is_aborted(&self) -> bool {
         self.0.get() != 0
     }
+
+    /// The same for somebody who may outlive the group, and must not keep the device's memory.
+    pub fn from_elsewhere(&self) -> impl Fn() + Send + 'static + use<> {
+        let flag = Arc::downgrade(&self.0);
+        move || {
+            if let Some(flag) = flag.upgrade() {
+                flag.set(1);
+            }
+        }
+    }
+}
+
+impl Drop for OneShot {
+    fn drop(&mut self) {
+        self.abort.abort();
+        // Kernels that still run may use the others' memory: then it stays open to the end of the process.
+        if !matches!(is_idle_within(&self.cuda, PATIENCE), Ok(true)) {
+            std::mem::forget(std::mem::take(&mut self.peers));
+        }
+    }
 }
 
 impl OneShotMemory {
     const VALUES: usize = 2 * ONE_SHOT_BYTES;
+    /// The driver shares whole pages of this size: what else lay on one would be shared, too.
+    const PAGE: usize = 2 << 20;
 
     /// # Errors
     /// [`CudaError`]: memory above all.
@@ -77,9 +102,11 @@ impl OneShotMemory {
     /// If there are more than [`ONE_SHOT_RANKS`].
     pub fn new(cuda: &Cuda, world_size: usize) -> Result<Self, CudaError> {
         assert!(world_size <= ONE_SHOT_RANKS, "{world_size} ranks");
-        let shared = cuda.alloc(Self::VALUES + ALL_REDUCE_BLOCKS * world_size * size_of::<u32>())?;
-        let own = cuda.alloc(2 * world_size * size_of::<u64>() + ALL_REDUCE_BLOCKS * size_of::<u32>())?;
-        Ok(Self { cuda: cuda.clone(), world_size, shared, own })
+        let flags = ALL_REDUCE_BLOCKS * world_size * size_of::<u32>();
+        let shared = cuda.alloc((Self::VALUES + flags).next_multiple_of(Self::PAGE))?;
+        let own = cuda.alloc(2 * world_size * size_of::<u64>() + 2 * ALL_REDUCE_BLOCKS * size_of::<u32>())?;
+        let trial = cuda.alloc(ONE_SHOT_BYTES)?;
+        Ok(Self { cuda: cuda.clone(), world_size, shared, own, trial })
     }
 
     /// What will end the sums of the next group.
@@ -90,11 +117,11 @@ impl OneShotMemory {
         Ok(OneShotAbort(Arc::new(self.cuda.host_flag()?)))
     }
 
-    /// Meets the other ranks, all of which call this: opens their memory, and tries some sums. The sums of the group before are
-    /// over on this rank.
+    /// Meets the other ranks, all of which call this: opens their memory, and tries some sums.
     ///
     /// # Errors
-    /// [`DeviceCommError`] if this rank's device or its connections fail; that it cannot reach the others is none.
+    /// [`DeviceCommError`] if this rank's device or its connections fail, `Stuck` if the device does not end what it is at; that this
+    /// rank cannot reach the others is none.
     ///
     /// # Panics
     /// If `comm` has another number of ranks than this memory is for.
@@ -105,6 +132,9 @@ impl OneShotMemory {
         abort: &OneShotAbort,
     ) -> Result<Meeting, DeviceCommError> {
         assert_eq!(comm.size(), self.world_size, "ranks that memory was taken for");
+        if !is_idle_within(&self.cuda, PATIENCE)? {
+            return Err(DeviceCommError::Stuck);
+        }
         // From here on no kernel of an earlier group writes flags, on any rank.
         all_can(comm, true)?;
         self.flags().fill_bytes(0)?;
@@ -118,11 +148,11 @@ impl OneShotMemory {
             (true, Ok(peers)) => peers,
             (_, opened) => return Ok(Meeting::NotAll(opened.err())),
         };
-        let one_shot =
-            OneShot { group: self.group(comm.rank(), &peers, abort)?, abort: abort.clone(), _peers: peers };
-        let tried = one_shot.try_out(&self.cuda, runner);
-        let can = all_can(comm, matches!(tried, Ok(true)))?;
-        match tried? {
+        let group = self.group(comm.rank(), &peers, abort)?;
+        let one_shot = OneShot { cuda: self.cuda.clone(), group, abort: abort.clone(), peers };
+        let tried = one_shot.try_out(runner, &self.trial)?;
+        let can = all_can(comm, tried)?;
+        match tried {
             _ if can => Ok(Meeting::All(one_shot)),
             true => Ok(Meeting::NotAll(None)),
             false => Ok(Meeting::NotAll(Some("sums that were tried came out wrong, or did not end".into()))),
@@ -138,14 +168,14 @@ impl OneShotMemory {
     }
 
     fn epochs(&self) -> DeviceSlice<'_, u32> {
-        self.own.slice(2 * self.world_size * size_of::<u64>(), ALL_REDUCE_BLOCKS)
+        self.own.slice(2 * self.world_size * size_of::<u64>(), 2 * ALL_REDUCE_BLOCKS)
     }
 
     /// The others' memory in the order of ranks, or in words why there is none.
     fn open(&self, rank: usize, offers: &[Offer]) -> Result<Vec<PeerBuffer>, String> {
         let own = &offers[rank];
-        if own.machine == [0; MACHINE_BYTES] {
-            return Err("the GPU's memory cannot be shared".into());
+        if let Some(other) = offers.iter().position(|offer| offer.machine == [0; MACHINE_BYTES]) {
+            return Err(format!("the memory of rank {other}'s GPU cannot be shared"));
         }
         if offers.iter().any(|offer| offer.machine != own.machine) {
             return Err("ranks are on several machines".into());
@@ -206,20 +236,18 @@ impl OneShot {
     }
 
     /// Whether sums of all sizes come out right, in time, and several on the way at once: small integers, whose sums are exact.
-    fn try_out(&self, cuda: &Cuda, runner: &Runner) -> Result<bool, DeviceCommError> {
+    fn try_out(&self, runner: &Runner, memory: &DeviceBuffer) -> Result<bool, DeviceCommError> {
         const ROUNDS: usize = 4;
-        let memory = cuda.alloc(ONE_SHOT_BYTES)?;
         let mut exact = true;
         for round in 0..ROUNDS {
-            for count in [8, 4096 + 8 * round, ONE_SHOT_BYTES / size_of::<f32>()] {
+            for bytes in [32, 16384 + 32 * round, ONE_SHOT_BYTES] {
                 let of_rank = |rank: usize, i: usize| (i * 7 + rank * 31 + round * 13) % 61;
+                let singles = memory.slice::<f32>(0, bytes / size_of::<f32>());
+                let halves = memory.slice::<bf16>(0, bytes / size_of::<bf16>());
                 // All ranks go on: one that stopped would keep the others waiting.
-                exact &=
-                    self.sums_are(cuda, runner, memory.slice::<f32>(0, count), 2, |rank, i| {
-                        of_rank(rank, i) as f32
-                    })? & self.sums_are(cuda, runner, memory.slice::<bf16>(0, count), 1, |rank, i| {
-                        bf16::from_f32((of_rank(rank, i) % 2) as f32)
-                    })?;
+                exact &= self.sums_are(runner, singles, 2, |rank, i| of_rank(rank, i) as f32)?;
+                exact &= self
+                    .sums_are(runner, halves, 1, |rank, i| bf16::from_f32((of_rank(rank, i) % 2) as f32))?;
                 if self.abort.is_aborted() {
                     return Ok(false);
                 }
@@ -231,7 +259,6 @@ impl OneShot {
     /// Whether `values`, summed `times` times, are what they should be on this rank.
     fn sums_are<T: Summed>(
         &self,
-        cuda: &Cuda,
         runner: &Runner,
         values: DeviceSlice<'_, T>,
         times: u32,
@@ -243,10 +270,10 @@ impl OneShot {
         for _ in 0..times {
             self.all_reduce(runner, values.address(), T::REDUCED, values.len())?;
         }
-        if !is_idle_within(cuda, PATIENCE)? {
+        if !is_idle_within(&self.cuda, PATIENCE)? {
             self.abort.abort();
-            if !is_idle_within(cuda, PATIENCE)? {
-                return Err(CommError::Setup("a sum in one shot does not end".into()).into());
+            if !is_idle_within(&self.cuda, PATIENCE)? {
+                return Err(DeviceCommError::Stuck);
             }
         }
         if self.abort.is_aborted() {

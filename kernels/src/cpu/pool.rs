@@ -224,7 +224,8 @@ impl Pool {
         if items == 1 || threads == 1 {
             return (0..items).for_each(|item| job(0, item));
         }
-        assert!(u32::try_from(items).is_ok(), "{items} items");
+        // The owner's number goes one past the end at most.
+        assert!(items < u32::MAX as usize, "{items} items");
         let shares = &self.shared.shares;
         for (worker, share) in shares.iter().enumerate() {
             share.0.set(items * worker / threads..items * (worker + 1) / threads);

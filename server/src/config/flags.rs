@@ -145,7 +145,8 @@ pub(super) struct ComputeFlags {
     pub(super) custom_all_reduce: CustomAllReduce,
     /// As --custom-all-reduce never
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
-          default_value = "false", hide_possible_values = true, hide = true, help_heading = COMPUTE)]
+          default_value = "false", hide_possible_values = true, hide = true, conflicts_with = "custom_all_reduce",
+          help_heading = COMPUTE)]
     pub(super) disable_custom_all_reduce: bool,
     /// Type that quantised weights are multiplied with
     #[arg(long, value_name = "TYPE", default_value = "auto", help_heading = COMPUTE)]

@@ -50,7 +50,7 @@ fn groups(
                 capacity,
                 num_blocks,
                 flags: case.input(&flags)?.address,
-                epochs: case.input(&vec![0u32; num_blocks])?.address,
+                epochs: case.input(&vec![0u32; 2 * num_blocks])?.address,
                 abort: case.input(&[abort])?.address,
             })
         })

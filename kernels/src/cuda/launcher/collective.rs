@@ -34,9 +34,9 @@ pub struct Group {
     pub num_blocks: usize,
     /// u64 [world size]: the addresses of every rank's flags, u32 [blocks][world size], zero at first.
     pub flags: Address,
-    /// This rank's u32 [blocks], zero at first.
+    /// This rank's u32 [2][blocks], zero at first.
     pub epochs: Address,
-    /// u32: not zero ends all waiting, and results are worthless.
+    /// u32: not zero ends all waiting for good, and results are worthless.
     pub abort: Address,
 }
 
