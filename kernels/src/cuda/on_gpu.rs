@@ -6,6 +6,7 @@ use half::bf16;
 
 use super::*;
 use crate::comm::{Nccl, NcclAbort, NcclCommunicator, NcclError, NcclOptions};
+use crate::cuda::launcher::ALL_REDUCE_BLOCKS;
 
 const KERNELS: &str = r#"
 extern "C" __global__ void add(int *out, const int *in, int add, int n) {
@@ -332,4 +333,55 @@ fn a_lone_rank_of_nccl_sums_and_gives_up() {
     let comm =
         NcclCommunicator::init(&NcclAbort::new(nccl), &nccl.unique_id().unwrap(), (0, 1), options).unwrap();
     comm.close(Duration::from_secs(60)).unwrap();
+}
+
+/// The other rank never comes: what waits for it ends when it is given up, what is queued behind ends too, and nothing more is
+/// told to the other.
+#[test]
+fn sums_that_wait_end_when_they_are_given_up() {
+    const CAPACITY: usize = 4096;
+    const FLAGS: usize = 2 * ALL_REDUCE_BLOCKS;
+    let Some(cuda) = gpu() else { return };
+    let runner =
+        Runner::load(&cuda, &KernelCache::at(crate::stub::build_dir().join("on-gpu-kernels"))).unwrap();
+    let abort = cuda.host_flag().unwrap();
+    let shared: Vec<DeviceBuffer> =
+        (0..2).map(|_| cuda.alloc_zeroed(2 * CAPACITY + FLAGS * size_of::<u32>()).unwrap()).collect();
+    let buffers: Vec<u64> = shared.iter().map(|memory| memory.as_slice::<u8>().address()).collect();
+    let flags: Vec<u64> = buffers.iter().map(|address| address + 2 * CAPACITY as u64).collect();
+    let lists = cuda.alloc(4 * size_of::<u64>()).unwrap();
+    lists.as_slice::<u64>().write(&[&buffers[..], &flags[..]].concat()).unwrap();
+    let epochs = cuda.alloc_zeroed(FLAGS * size_of::<u32>()).unwrap();
+    let group = launcher::Group {
+        rank: 0,
+        world_size: 2,
+        buffers: lists.as_slice::<u64>().address(),
+        capacity: CAPACITY,
+        num_blocks: ALL_REDUCE_BLOCKS,
+        flags: lists.slice::<u64>(2 * size_of::<u64>(), 2).address(),
+        epochs: epochs.as_slice::<u32>().address(),
+        abort: abort.address(),
+    };
+    let values = cuda.alloc_zeroed(CAPACITY).unwrap();
+    let at = values.as_slice::<f32>().address();
+    cuda.synchronize().unwrap();
+    for _ in 0..3 {
+        runner.launch(&launcher::one_shot_all_reduce(at, at, launcher::Reduced::F32, 512, group)).unwrap();
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            abort.set(1);
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!cuda.is_idle().unwrap(), "it does not wait");
+        let start = std::time::Instant::now();
+        while !cuda.is_idle().unwrap() {
+            assert!(start.elapsed() < Duration::from_secs(5), "it waits on");
+        }
+        assert_eq!(abort.get(), 1, "it ended by itself");
+    });
+    let mut told = [0u32; FLAGS];
+    shared[1].slice::<u32>(2 * CAPACITY, FLAGS).read(&mut told).unwrap();
+    assert!(told.chunks(2).all(|of_block| of_block == [1, 0]), "{told:?}");
 }
