@@ -362,10 +362,11 @@ fn sums_that_wait_end_when_they_are_given_up() {
         epochs: epochs.as_slice::<u32>().address(),
         abort: abort.address(),
     };
-    let values = cuda.alloc_zeroed(CAPACITY).unwrap();
-    let at = values.as_slice::<f32>().address();
+    let (first, later) = (cuda.alloc_zeroed(4 * 512).unwrap(), cuda.alloc(4 * 512).unwrap());
+    later.as_slice::<u8>().fill_bytes(1).unwrap();
     cuda.synchronize().unwrap();
-    for _ in 0..3 {
+    for values in [&first, &later, &later] {
+        let at = values.as_slice::<f32>().address();
         runner.launch(&launcher::one_shot_all_reduce(at, at, launcher::Reduced::F32, 512, group)).unwrap();
     }
     std::thread::scope(|scope| {
@@ -384,4 +385,8 @@ fn sums_that_wait_end_when_they_are_given_up() {
     let mut told = [0u32; FLAGS];
     shared[1].slice::<u32>(2 * CAPACITY, FLAGS).read(&mut told).unwrap();
     assert!(told.chunks(2).all(|of_block| of_block == [1, 0]), "{told:?}");
+    // Epoch 1 is in the second half.
+    let mut given = [1.0f32; 512];
+    shared[0].slice::<f32>(CAPACITY, 512).read(&mut given).unwrap();
+    assert_eq!(given, [0.0; 512], "what was given for the first sum is something else now");
 }
