@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -45,14 +45,18 @@ fn start(model: &str, device: &str, arguments: &[&str]) -> Server {
 }
 
 fn start_with(model: &str, device: &str, arguments: &[&str], environment: &[(String, String)]) -> Server {
+    let server = spawn_with(model, device, arguments, environment);
+    server.wait_until_ready();
+    server
+}
+
+fn spawn_with(model: &str, device: &str, arguments: &[&str], environment: &[(String, String)]) -> Server {
     let model = golden_path(model);
     let mut all = [model.to_str().expect("UTF-8"), "--device", device].map(str::to_owned).to_vec();
     all.extend(SMALL.map(str::to_owned));
     replace_flags(&mut all, arguments);
     let all: Vec<&str> = all.iter().map(String::as_str).collect();
-    let server = Server::spawn_with(&all, environment);
-    server.wait_until_ready();
-    server
+    Server::spawn_with(&all, environment)
 }
 
 fn prompt(seed: usize, len: usize) -> Vec<usize> {
@@ -417,6 +421,13 @@ fn sums_in_one_shot_are_tried_before_they_are_used() {
         let output = group.output();
         assert!(output.contains(reason) && !output.contains(IN_ONE_SHOT), "{output}");
         assert!(are_of_one_model(&alone, &group), "{reason}");
+    }
+    let always = [&TWO_RANKS[..], &["--custom-all-reduce", "always"]].concat();
+    let group = spawn_with("dummy-d64", "cuda", &always, &out_of_reach);
+    let start = Instant::now();
+    while !group.output().contains("custom-all-reduce is always, and cannot be: the memory of rank") {
+        assert!(start.elapsed() < Duration::from_secs(60), "{}", group.output());
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

@@ -7,8 +7,7 @@
 
 use half::bf16;
 
-use super::{CommError, Communicator, NcclCommunicator, NcclError, OneShot, TcpCommunicator};
-use crate::cuda::launcher::Reduced;
+use super::{CommError, Communicator, NcclCommunicator, NcclError, OneShot, Summed, TcpCommunicator};
 use crate::cuda::{CudaError, DeviceSlice, Runner};
 
 /// Why a collective did not happen.
@@ -111,11 +110,8 @@ impl HostCollectives {
 
     /// All ranks' `own` in `gathered`.
     fn gather(&mut self) -> Result<(), CommError> {
-        let (len, size) = (self.own.len(), self.comm.size());
-        self.gathered.resize(size * len, 0.0);
-        let ranges: Vec<_> = (0..size).map(|rank| rank * len..(rank + 1) * len).collect();
-        self.gathered[ranges[self.comm.rank()].clone()].copy_from_slice(&self.own);
-        self.comm.all_gather(&ranges, &mut self.gathered)
+        self.gathered.resize(self.comm.size() * self.own.len(), 0.0);
+        self.comm.all_gather_equal(&self.own, &mut self.gathered)
     }
 
     /// The sum of all ranks' `own` in `own`.
@@ -176,8 +172,8 @@ pub struct SmallSums<C> {
 }
 
 impl<C> SmallSums<C> {
-    fn one_shot(&self, reduced: Reduced, count: usize) -> Option<&OneShot> {
-        self.one_shot.as_ref().filter(|_| OneShot::takes(reduced, count))
+    fn one_shot<T: Summed>(&self, values: DeviceSlice<'_, T>) -> Option<&OneShot> {
+        self.one_shot.as_ref().filter(|_| OneShot::takes(values))
     }
 }
 
@@ -191,8 +187,8 @@ impl<C: DeviceCollectives> DeviceCollectives for SmallSums<C> {
         runner: &Runner,
         values: DeviceSlice<'_, bf16>,
     ) -> Result<(), DeviceCommError> {
-        match self.one_shot(Reduced::Bf16, values.len()) {
-            Some(sums) => Ok(sums.all_reduce(runner, values.address(), Reduced::Bf16, values.len())?),
+        match self.one_shot(values) {
+            Some(sums) => Ok(sums.all_reduce(runner, values)?),
             None => self.others.all_reduce_bf16(runner, values),
         }
     }
@@ -202,8 +198,8 @@ impl<C: DeviceCollectives> DeviceCollectives for SmallSums<C> {
         runner: &Runner,
         values: DeviceSlice<'_, f32>,
     ) -> Result<(), DeviceCommError> {
-        match self.one_shot(Reduced::F32, values.len()) {
-            Some(sums) => Ok(sums.all_reduce(runner, values.address(), Reduced::F32, values.len())?),
+        match self.one_shot(values) {
+            Some(sums) => Ok(sums.all_reduce(runner, values)?),
             None => self.others.all_reduce_f32(runner, values),
         }
     }

@@ -23,7 +23,7 @@ pub use nccl::{
     NCCL_LIBRARY_VARIABLE, Nccl, NcclAbort, NcclCommunicator, NcclElement, NcclError, NcclOptions,
     NcclUniqueId,
 };
-pub use one_shot::{Meeting, ONE_SHOT_BYTES, ONE_SHOT_RANKS, OneShot, OneShotAbort, OneShotMemory};
+pub use one_shot::{Meeting, ONE_SHOT_BYTES, ONE_SHOT_RANKS, OneShot, OneShotAbort, OneShotMemory, Summed};
 pub use tcp::{AbortHandle, TcpCommunicator, TcpOptions};
 
 use crate::cpu::{Epilogue, Team};
@@ -64,6 +64,20 @@ pub trait Communicator: Send {
         let own = std::mem::take(&mut parts[rank]);
         let outgoing: Vec<&[f32]> = vec![own; ranges.len()];
         self.exchange(&outgoing, &mut parts)
+    }
+
+    /// The same where all give as much: `all` [P · N] = every rank's `own` [N].
+    ///
+    /// # Errors
+    /// As [`Communicator::exchange`].
+    ///
+    /// # Panics
+    /// If `all` is not so long.
+    fn all_gather_equal(&mut self, own: &[f32], all: &mut [f32]) -> Result<(), CommError> {
+        let len = own.len();
+        let ranges: Vec<Range<usize>> = (0..self.size()).map(|rank| rank * len..(rank + 1) * len).collect();
+        all[ranges[self.rank()].clone()].copy_from_slice(own);
+        self.all_gather(&ranges, all)
     }
 
     /// What every rank gives arrives at rank 0: `parts[p]` there is filled with `own` of rank `p`, but for rank 0's own. Other
@@ -107,10 +121,7 @@ pub trait Communicator: Send {
         if size > 2 && size_of_val(own) > SPLIT_BYTES && out.len() >= size * sum.columns {
             return self.all_reduce_split(team, own, sum, gathered, out);
         }
-        let len = own.len();
-        let ranges: Vec<Range<usize>> = (0..size).map(|rank| rank * len..(rank + 1) * len).collect();
-        gathered[ranges[self.rank()].clone()].copy_from_slice(own);
-        self.all_gather(&ranges, gathered)?;
+        self.all_gather_equal(own, gathered)?;
         team.reduce_segments(gathered, size * sum.parts, sum.bias, out, Epilogue::Add);
         Ok(())
     }

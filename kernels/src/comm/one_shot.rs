@@ -8,7 +8,7 @@
 //! the group up. For each group, ranks agree whether all of them can, and try it, before anything depends on it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use half::bf16;
 
@@ -84,7 +84,7 @@ impl Drop for OneShot {
     fn drop(&mut self) {
         self.abort.abort();
         // Kernels that still run may use the others' memory: then it stays open to the end of the process.
-        if !matches!(is_idle_within(&self.cuda, PATIENCE), Ok(true)) {
+        if !matches!(self.cuda.is_idle_within(PATIENCE), Ok(true)) {
             std::mem::forget(std::mem::take(&mut self.peers));
         }
     }
@@ -132,7 +132,7 @@ impl OneShotMemory {
         abort: &OneShotAbort,
     ) -> Result<Meeting, DeviceCommError> {
         assert_eq!(comm.size(), self.world_size, "ranks that memory was taken for");
-        if !is_idle_within(&self.cuda, PATIENCE)? {
+        if !self.cuda.is_idle_within(PATIENCE)? {
             return Err(DeviceCommError::Stuck);
         }
         // From here on no kernel of an earlier group writes flags, on any rank.
@@ -209,13 +209,18 @@ impl OneShotMemory {
 }
 
 impl OneShot {
-    pub fn abort_handle(&self) -> OneShotAbort {
-        self.abort.clone()
+    /// As [`OneShotAbort::abort`].
+    pub fn abort(&self) {
+        self.abort.abort();
+    }
+
+    pub fn is_aborted(&self) -> bool {
+        self.abort.is_aborted()
     }
 
     /// Whether so many values are summed so.
-    pub fn takes(reduced: Reduced, count: usize) -> bool {
-        count.is_multiple_of(8) && count * reduced.bytes() <= ONE_SHOT_BYTES
+    pub fn takes<T: Summed>(values: DeviceSlice<'_, T>) -> bool {
+        values.len().is_multiple_of(8) && values.bytes() <= ONE_SHOT_BYTES
     }
 
     /// Queues `values` = the sum of all ranks' `values`, on every rank. May be captured.
@@ -225,14 +230,13 @@ impl OneShot {
     ///
     /// # Panics
     /// If these are not as many as [`OneShot::takes`].
-    pub fn all_reduce(
+    pub fn all_reduce<T: Summed>(
         &self,
         runner: &Runner,
-        values: u64,
-        reduced: Reduced,
-        count: usize,
+        values: DeviceSlice<'_, T>,
     ) -> Result<(), CudaError> {
-        runner.launch(&launcher::one_shot_all_reduce(values, values, reduced, count, self.group))
+        let at = values.address();
+        runner.launch(&launcher::one_shot_all_reduce(at, at, T::REDUCED, values.len(), self.group))
     }
 
     /// Whether sums of all sizes come out right, in time, and several on the way at once: small integers, whose sums are exact.
@@ -268,11 +272,11 @@ impl OneShot {
         let own: Vec<T> = (0..values.len()).map(|i| of_rank(rank, i)).collect();
         values.write(&own)?;
         for _ in 0..times {
-            self.all_reduce(runner, values.address(), T::REDUCED, values.len())?;
+            self.all_reduce(runner, values)?;
         }
-        if !is_idle_within(&self.cuda, PATIENCE)? {
+        if !self.cuda.is_idle_within(PATIENCE)? {
             self.abort.abort();
-            if !is_idle_within(&self.cuda, PATIENCE)? {
+            if !self.cuda.is_idle_within(PATIENCE)? {
                 return Err(DeviceCommError::Stuck);
             }
         }
@@ -291,19 +295,8 @@ impl OneShot {
 /// How long sums may take that are only tried: every rank begins them at once.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-fn is_idle_within(cuda: &Cuda, patience: Duration) -> Result<bool, CudaError> {
-    let deadline = Instant::now() + patience;
-    while !cuda.is_idle()? {
-        if Instant::now() >= deadline {
-            return Ok(false);
-        }
-        std::thread::yield_now();
-    }
-    Ok(true)
-}
-
 /// A type of values that are summed.
-trait Summed: Element + Into<f32> {
+pub trait Summed: Element + Into<f32> {
     const REDUCED: Reduced;
 }
 
@@ -360,10 +353,7 @@ fn words_of(bytes: &[u8]) -> Vec<f32> {
 
 /// What all ranks give, in their order.
 fn gather(comm: &mut TcpCommunicator, own: &[f32]) -> Result<Vec<f32>, CommError> {
-    let (len, size) = (own.len(), comm.size());
-    let ranges: Vec<_> = (0..size).map(|rank| rank * len..(rank + 1) * len).collect();
-    let mut all = vec![0.0; size * len];
-    all[ranges[comm.rank()].clone()].copy_from_slice(own);
-    comm.all_gather(&ranges, &mut all)?;
+    let mut all = vec![0.0; comm.size() * own.len()];
+    comm.all_gather_equal(own, &mut all)?;
     Ok(all)
 }

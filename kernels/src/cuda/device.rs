@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
@@ -156,6 +157,21 @@ impl Cuda {
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             code => Err(CudaError::driver("cuStreamQuery", DriverError(code))),
         }
+    }
+
+    /// The same, asked until it is so or `patience` is over.
+    ///
+    /// # Errors
+    /// As [`Cuda::synchronize`].
+    pub fn is_idle_within(&self, patience: Duration) -> Result<bool, CudaError> {
+        let deadline = Instant::now() + patience;
+        while !self.is_idle()? {
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            std::thread::yield_now();
+        }
+        Ok(true)
     }
 
     /// The stream's handle (`cudaStream_t`), for libraries that queue work of their own. Not to be destroyed; lives as long as

@@ -3,8 +3,9 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::result;
 
+use super::memory::pin;
 use super::{Cuda, CudaError};
 
 /// A u32 in pinned memory, zero at first, which the host may set at any moment and from any thread.
@@ -25,18 +26,8 @@ impl Cuda {
     pub fn host_flag(&self) -> Result<HostFlag, CudaError> {
         self.forbid_in_capture("allocating")?;
         self.bind()?;
-        let bytes = size_of::<AtomicU32>();
-        // SAFETY: the word is written right below.
-        let ptr = unsafe { result::malloc_host(bytes, 0) }.map_err(|error| {
-            if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                CudaError::PinnedMemory { asked_bytes: bytes }
-            } else {
-                CudaError::driver("cuMemHostAlloc", error)
-            }
-        })?;
-        let word = NonNull::new(ptr.cast::<AtomicU32>()).expect("the driver gives no null");
-        // SAFETY: memory of our own, which starts on a page.
-        unsafe { word.write(AtomicU32::new(0)) };
+        // Zeros are an atomic word of value 0, and pinned memory starts on a page.
+        let word = NonNull::new(pin(size_of::<AtomicU32>())?.cast()).expect("the driver gives no null");
         Ok(HostFlag { cuda: self.clone(), word })
     }
 }

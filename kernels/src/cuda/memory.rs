@@ -105,16 +105,7 @@ impl Cuda {
             .context()
             .new_event(None)
             .map_err(|error| CudaError::driver("cuEventCreate", error))?;
-        // SAFETY: the memory is filled right below.
-        let ptr = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| {
-            if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                CudaError::PinnedMemory { asked_bytes: bytes }
-            } else {
-                CudaError::driver("cuMemHostAlloc", error)
-            }
-        })?;
-        // SAFETY: `ptr` is `bytes` of our own.
-        unsafe { ptr.cast::<u8>().write_bytes(0, bytes) };
+        let ptr = pin(bytes)?;
         Ok(PinnedBuffer { cuda: self.clone(), ptr, bytes, event, in_flight: false })
     }
 }
@@ -399,6 +390,21 @@ impl Drop for PinnedBuffer {
             self.cuda.record(unsafe { result::free_host(self.ptr) });
         }
     }
+}
+
+/// `bytes` of pinned host memory, zeroed, on the context that the thread is bound to.
+pub(super) fn pin(bytes: usize) -> Result<*mut c_void, CudaError> {
+    // SAFETY: the memory is filled right below.
+    let ptr = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| {
+        if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            CudaError::PinnedMemory { asked_bytes: bytes }
+        } else {
+            CudaError::driver("cuMemHostAlloc", error)
+        }
+    })?;
+    // SAFETY: `ptr` is `bytes` of our own.
+    unsafe { ptr.cast::<u8>().write_bytes(0, bytes) };
+    Ok(ptr)
 }
 
 fn check_range(offset_bytes: usize, len: usize, size: usize, bytes: usize) {
