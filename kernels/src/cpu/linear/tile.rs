@@ -253,23 +253,17 @@ impl<
         for block in 0..t.steps {
             let x = t.x.add(block * PARTS * GROUP);
             let mut dot = [[s.splat_i(0); C]; R];
-            for part in 0..PARTS {
-                // Horner: the high bytes' sum times 128, less what the zero point adds, then the low bytes.
-                let last = part + 1 == PARTS;
-                for r in 0..R {
-                    let zero =
-                        if last { zero_sum::<S, SOURCE, ZERO_POINT>(s, t, r, block) } else { s.splat_i(0) };
-                    for c in 0..C {
-                        dot[r][c] = if part == 0 { zero } else { s.add_i(s.shl::<7>(dot[r][c]), zero) };
-                    }
-                }
-                let x = x.add(part * GROUP);
-                dot = if SOURCE == BYTES {
-                    byte_dot::<S, R, C>(s, t, block, x, dot)
-                } else {
-                    nibble_dot::<S, R, C>(s, t, block, x, dot)
-                };
+            if PARTS == 2 {
+                // Horner: the high bytes' sum times 128, then the low bytes.
+                dot = block_dot::<S, R, C, SOURCE>(s, t, block, x, dot);
             }
+            for r in 0..R {
+                let zero = zero_sum::<S, SOURCE, ZERO_POINT>(s, t, r, block);
+                for c in 0..C {
+                    dot[r][c] = if PARTS == 2 { s.add_i(s.shl::<7>(dot[r][c]), zero) } else { zero };
+                }
+            }
+            dot = block_dot::<S, R, C, SOURCE>(s, t, block, x.add((PARTS - 1) * GROUP), dot);
             if SOURCE == BYTES {
                 prefetch::<S, C, 512>(s, t, &mut turn, block, scale_stride * 2);
             } else {
@@ -313,6 +307,22 @@ unsafe fn zero_sum<S: Simd, const SOURCE: u8, const ZERO_POINT: u8>(
     s.splat_i(0)
 }
 
+/// `init` plus the dot products of one block of stored weights with 32 bytes of each row.
+#[inline(always)]
+unsafe fn block_dot<S: Simd, const R: usize, const C: usize, const SOURCE: u8>(
+    s: S,
+    t: &TileArgs,
+    block: usize,
+    x: *const u8,
+    init: [[S::I; C]; R],
+) -> [[S::I; C]; R] {
+    if SOURCE == BYTES {
+        byte_dot::<S, R, C>(s, t, block, x, init)
+    } else {
+        nibble_dot::<S, R, C>(s, t, block, x, init)
+    }
+}
+
 /// `init` plus the dot products of one block with packed nibbles.
 #[inline(always)]
 unsafe fn nibble_dot<S: Simd, const R: usize, const C: usize>(
@@ -334,12 +344,17 @@ unsafe fn nibble_dot<S: Simd, const R: usize, const C: usize>(
         for c in 0..C {
             w[c] = s.load_i(t.weights[c].add(block * 256 + group * 64));
         }
-        for r in 0..R {
-            let x_low = s.splat_bytes(x.add(r * t.row_bytes + group * 4));
-            let x_high = s.splat_bytes(x.add(r * t.row_bytes + 16 + group * 4));
+        // First all low nibbles: of the two halves only one is in registers.
+        for (shift, at) in [(false, 0), (true, 16)] {
+            let mut half = w;
             for c in 0..C {
-                dot[r][c] = s.dot4(dot[r][c], s.and(w[c], low), x_low);
-                dot[r][c] = s.dot4(dot[r][c], s.and(s.shr::<4>(w[c]), low), x_high);
+                half[c] = s.and(if shift { s.shr::<4>(w[c]) } else { w[c] }, low);
+            }
+            for r in 0..R {
+                let x = s.splat_bytes(x.add(r * t.row_bytes + at + group * 4));
+                for c in 0..C {
+                    dot[r][c] = s.dot4(dot[r][c], half[c], x);
+                }
             }
         }
     }
