@@ -203,13 +203,18 @@ impl<'a> Job<'a> {
                 None => Some(Tiling::new(self, rows.clone(), panels.min(2))),
                 Some(_) => None,
             };
+            if let (Some(tiling), Some(out)) = (&tiling, self.finished_by_tiles(first_panel, panels)) {
+                let stride = self.weights.out_features();
+                self.tiles(tiling, first_panel, 0, out.add(rows.start * stride), stride);
+                continue;
+            }
             for pair in 0..panels.div_ceil(2) {
                 // An odd panel at the end is a pair of its own, and then the only one.
                 for segment in 0..segments {
                     let out = partials.add((pair * segments + segment) * stride);
                     let first_panel = first_panel + 2 * pair;
                     match &tiling {
-                        Some(tiling) => self.tiles(tiling, first_panel, segment, out),
+                        Some(tiling) => self.tiles(tiling, first_panel, segment, out, TILE_STRIDE),
                         None => self.matrix_tiles(&rows, first_panel, panels.min(2), segment, out),
                     }
                 }
@@ -218,8 +223,30 @@ impl<'a> Job<'a> {
         }
     }
 
+    /// Where the tiles of a pair of panels store what is the result already: there is nothing to add, and no column too many.
+    fn finished_by_tiles(&self, first_panel: usize, panels: usize) -> Option<*mut f32> {
+        let first_column = first_panel * LANES;
+        match &self.output {
+            Output::Rows { out, epilogue: Epilogue::Store }
+                if self.weights.segments().count() == 1
+                    && self.weights.packed_bias.is_none()
+                    && first_column + panels * LANES <= self.weights.out_features() =>
+            {
+                Some(out.get().wrapping_add(first_column))
+            }
+            _ => None,
+        }
+    }
+
     /// Sums one segment of K of a pair of panels for all rows into `out`, one register tile after another.
-    unsafe fn tiles(&self, tiling: &Tiling, first_panel: usize, segment: usize, out: *mut f32) {
+    unsafe fn tiles(
+        &self,
+        tiling: &Tiling,
+        first_panel: usize,
+        segment: usize,
+        out: *mut f32,
+        out_stride: usize,
+    ) {
         let format = self.weights.format;
         let panels = tiling.panels;
         // There is a remainder of K only where there is one segment.
@@ -260,7 +287,8 @@ impl<'a> Job<'a> {
                     groups: self.x.groups,
                     steps,
                     ahead: self.ahead(segment, steps, tile, tiling.count),
-                    out: out.add(row * TILE_STRIDE + panel * LANES),
+                    out: out.add(row * out_stride + panel * LANES),
+                    out_stride,
                     target: match target.is_null() {
                         true => target.cast(),
                         false => target.cast::<u8>().wrapping_add(x_row * target_stride + panel * LANES * 4),

@@ -12,7 +12,7 @@ use crate::cpu::activation::GROUP;
 use crate::cpu::isa::Detected;
 use crate::cpu::simd::{Kernel, Simd, dispatch};
 
-/// f32 values from one row of the tile buffer to the next: two panels.
+/// f32 values from one row of partial sums to the next: two panels.
 pub(super) const TILE_STRIDE: usize = 32;
 
 /// What the inner loop reads as weights.
@@ -51,6 +51,8 @@ pub(super) struct TileArgs {
     pub(super) steps: usize,
     pub(super) ahead: Ahead,
     pub(super) out: *mut f32,
+    /// f32 values from one row of `out` to the next.
+    pub(super) out_stride: usize,
     /// The rows and columns of the layer's output that this tile ends in, `target_stride` bytes apart; null if they need not
     /// be fetched. They were last used an operation ago.
     pub(super) target: *const u8,
@@ -157,7 +159,7 @@ unsafe fn prefetch_target<S: Simd, const R: usize, const C: usize>(s: S, t: &Til
     }
     for r in 0..R {
         for c in 0..C {
-            s.prefetch(t.target.wrapping_add(r * t.target_stride + c * 64));
+            s.prefetch_for_write(t.target.wrapping_add(r * t.target_stride + c * 64));
         }
     }
 }
@@ -166,7 +168,7 @@ unsafe fn prefetch_target<S: Simd, const R: usize, const C: usize>(s: S, t: &Til
 unsafe fn finish<S: Simd, const R: usize, const C: usize>(s: S, t: &TileArgs, acc: [[S::F; C]; R]) {
     for r in 0..R {
         for c in 0..C {
-            s.store(t.out.add(r * TILE_STRIDE + c * 16), acc[r][c]);
+            s.store(t.out.add(r * t.out_stride + c * 16), acc[r][c]);
         }
     }
 }

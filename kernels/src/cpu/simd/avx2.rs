@@ -285,6 +285,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch_for_write(self, p: *const u8) {
+        super::prefetch_for_write(p);
+    }
+
+    #[inline(always)]
     unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
         enter(kernel, self.0)
     }

@@ -95,6 +95,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch_for_write(self, p: *const u8) {
+        super::prefetch_for_write(p);
+    }
+
+    #[inline(always)]
     unsafe fn dot4_finish(self, acc: __m512i, _init: __m512i) -> __m512i {
         acc
     }

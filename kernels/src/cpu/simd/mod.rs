@@ -127,6 +127,8 @@ pub(crate) trait Simd: Copy {
 
     /// Asks for the line at `p`, which may be anything.
     unsafe fn prefetch(self, p: *const u8);
+    /// The same for a line that will be written: no other core keeps it.
+    unsafe fn prefetch_for_write(self, p: *const u8);
 
     /// Runs a kernel as a function of its own: what is inlined everywhere would be compiled everywhere.
     ///
@@ -155,6 +157,16 @@ fn prefetch(nearest: Nearest, p: *const u8) {
             Nearest::L1 => _mm_prefetch::<_MM_HINT_T0>(p.cast()),
             Nearest::L2 => _mm_prefetch::<_MM_HINT_T1>(p.cast()),
         }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch_for_write(p: *const u8) {
+    // The intrinsic becomes a read without a target feature of its own. Where the instruction is not known it does nothing.
+    // SAFETY: a prefetch touches nothing that can fail.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) p, options(nostack, preserves_flags, readonly));
     }
 }
 

@@ -232,6 +232,9 @@ impl Simd for Scalar {
     unsafe fn prefetch(self, _p: *const u8) {}
 
     #[inline(always)]
+    unsafe fn prefetch_for_write(self, _p: *const u8) {}
+
+    #[inline(always)]
     unsafe fn call<K: Kernel>(self, kernel: K) -> K::Output {
         enter(kernel)
     }
