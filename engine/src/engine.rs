@@ -306,10 +306,9 @@ impl Engine {
         for key in &schedule.keys {
             let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
             if request.first_scheduled.is_none() {
-                request.first_scheduled = Some(now);
-                request.ticket.leave_queue();
-                let cached_tokens = self.scheduler.get(key).and_then(|sequence| sequence.cached_tokens);
-                self.recorder.first_scheduled(request, cached_tokens.unwrap_or(0), now);
+                let sequence = self.scheduler.get(key).expect("planned sequences exist");
+                request.begin(&sequence.tokens[..request.prompt_len], now);
+                self.recorder.first_scheduled(request, sequence.cached_tokens.unwrap_or(0), now);
             }
         }
     }

@@ -47,7 +47,7 @@ pub(crate) struct Choice {
     pub(crate) num_output: usize,
     pub(crate) first_token: Option<Instant>,
     pub(crate) last_token: Option<Instant>,
-    /// Empty when no penalty needs it.
+    /// Empty when no penalty needs it, and until the request runs.
     used: UsedTokens,
 }
 
@@ -61,17 +61,12 @@ impl RequestState {
         let params = request.params;
         let eos = if params.ignore_eos { Vec::new() } else { eos_token_ids.to_vec() };
         let banned_at_first = [&params.banned_token_ids[..], &params.stop_token_ids, &eos].concat();
-        let used = if params.is_penalised() {
-            UsedTokens::of_prompt(&request.prompt)
-        } else {
-            UsedTokens::default()
-        };
         let choice = |_| Choice {
             finish: None,
             num_output: 0,
             first_token: None,
             last_token: None,
-            used: used.clone(),
+            used: UsedTokens::default(),
         };
         let state = Self {
             id: request.id,
@@ -96,6 +91,17 @@ impl RequestState {
             eos,
         };
         (state, request.prompt, request.cache_salt)
+    }
+
+    /// It runs for the first time. What penalties need is made now only: it takes several times the prompt's memory, which is
+    /// what the queue counts.
+    pub(crate) fn begin(&mut self, prompt: &[u32], now: Instant) {
+        self.first_scheduled = Some(now);
+        self.ticket.leave_queue();
+        if self.params.is_penalised() {
+            let used = UsedTokens::of_prompt(prompt);
+            self.choices.iter_mut().for_each(|choice| choice.used.clone_from(&used));
+        }
     }
 
     pub(crate) fn key(&self, choice: u32) -> SequenceKey {

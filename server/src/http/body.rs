@@ -1,82 +1,85 @@
-//! Reading a request's body: the right type, not too long, not too slow.
+//! Reading a request's body: the right type, not too long, not too slow, and not too much beside all others.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, HttpBody};
+use axum::body::HttpBody;
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
+use tokio::time::{Instant, timeout_at};
 
-use super::connection::Busy;
 use super::errors::ApiError;
 use super::limits;
+use super::state::AppState;
 
-/// The whole JSON body of a request.
-///
-/// Errors: 415 for another type, 413 when it is longer than the limit, 408 when it takes longer than `deadline`, 400
-/// when the client breaks off.
-///
-/// What is left of an over-long body is read and thrown away beside the 413, which does not wait for it.
-pub(super) async fn read_json(mut request: Request, deadline: Duration) -> Result<Bytes, ApiError> {
-    check_type(request.headers())?;
-    let busy = request.extensions_mut().remove::<Busy>();
-    let expects_continue = request.headers().contains_key(header::EXPECT);
-    let body = request.into_body();
-    let announced = body.size_hint().lower();
-    if announced > limits::MAX_BODY_BYTES as u64 {
-        // A client that asked first has sent nothing yet and will not.
-        if !expects_continue {
-            discard_later(body, busy);
-        }
-        return Err(ApiError::BodyTooLarge);
+/// Bounds the memory of all bodies that have arrived and are not yet the engine's.
+#[derive(Debug)]
+pub(super) struct BodyMemory(Arc<Semaphore>);
+
+/// A body's share of that memory, until it is dropped.
+#[must_use]
+pub(super) struct Room(OwnedSemaphorePermit);
+
+impl BodyMemory {
+    pub(super) fn new(bytes: usize) -> Self {
+        Self(Arc::new(Semaphore::new(bytes)))
     }
-    read(body, busy, announced as usize, Instant::now() + deadline).await
+
+    fn room(&self, bytes: usize) -> Result<Room, ApiError> {
+        let bytes = u32::try_from(bytes).map_err(|_| ApiError::BodyTooLarge)?;
+        self.0
+            .clone()
+            .try_acquire_many_owned(bytes)
+            .map(Room)
+            .map_err(|(TryAcquireError::NoPermits | TryAcquireError::Closed)| ApiError::Overloaded)
+    }
 }
 
-async fn read(
-    mut body: Body,
-    busy: Option<Busy>,
-    announced: usize,
-    deadline: Instant,
-) -> Result<Bytes, ApiError> {
-    let mut bytes = BytesMut::with_capacity(announced.min(64 * 1024));
+/// Reads and parses a request's JSON body; a long one is parsed on a helper thread. The room is to be kept for as long as what
+/// was parsed is.
+///
+/// Errors: 415 for another type, 413 when it is longer than the limit, 408 when it takes too long, 503 when all bodies together
+/// are too much, 400 when the client breaks off; and those of `parse`.
+pub(super) async fn read_parsed<T: Send + 'static>(
+    state: &AppState,
+    request: Request,
+    request_id: &str,
+    parse: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
+) -> Result<(T, Room), ApiError> {
+    let (body, room) = read_json(request, state.timeouts.body, &state.body_memory).await?;
+    let is_long = body.len() > limits::INLINE_JSON_BYTES;
+    let parsed = state.helpers.run(is_long, request_id, move || parse(&body)).await??;
+    Ok((parsed, room))
+}
+
+async fn read_json(
+    request: Request,
+    deadline: Duration,
+    memory: &BodyMemory,
+) -> Result<(Bytes, Room), ApiError> {
+    check_type(request.headers())?;
+    let deadline = Instant::now() + deadline;
+    let mut body = request.into_body();
+    let announced = body.size_hint().lower();
+    if announced > limits::MAX_BODY_BYTES as u64 {
+        return Err(ApiError::BodyTooLarge);
+    }
+    let mut bytes = BytesMut::with_capacity((announced as usize).min(64 * 1024));
+    let mut room = memory.room(0)?;
     loop {
         let frame = timeout_at(deadline, body.frame()).await.map_err(|_| ApiError::BodyTimeout)?;
-        let Some(frame) = frame else { return Ok(bytes.freeze()) };
+        let Some(frame) = frame else { return Ok((bytes.freeze(), room)) };
         let frame = frame.map_err(|_| ApiError::malformed("the body could not be read to its end"))?;
         let Ok(data) = frame.into_data() else { continue };
         if bytes.len() + data.len() > limits::MAX_BODY_BYTES {
-            discard_later(body, busy);
             return Err(ApiError::BodyTooLarge);
         }
+        room.0.merge(memory.room(data.len())?.0);
         bytes.extend_from_slice(&data);
     }
-}
-
-/// Discards beside the answer. `busy` tells the connection's timer that these bytes are no next request.
-fn discard_later(body: Body, busy: Option<Busy>) {
-    tokio::spawn(async move {
-        discard(body, limits::DISCARD_TIMEOUT).await;
-        drop(busy);
-    });
-}
-
-/// Reads on for a while: a connection closed with unread bytes is reset, and the client would never see the answer.
-pub(super) async fn discard(mut body: Body, limit: Duration) {
-    let read_on = async {
-        let mut left = limits::MAX_DISCARDED_BYTES;
-        while let Some(Ok(frame)) = body.frame().await {
-            let len = frame.data_ref().map_or(0, Bytes::len);
-            match left.checked_sub(len) {
-                Some(rest) => left = rest,
-                None => return,
-            }
-        }
-    };
-    // Late bytes are the client's loss.
-    let _ = timeout(limit, read_on).await;
 }
 
 fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
@@ -95,6 +98,8 @@ fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Body;
+
     use super::*;
 
     fn request(content_type: &str, body: impl Into<Body>) -> Request {
@@ -102,7 +107,8 @@ mod tests {
     }
 
     async fn read_all(request: Request) -> Result<Bytes, ApiError> {
-        read_json(request, Duration::from_millis(50)).await
+        let memory = BodyMemory::new(2 * limits::MAX_BODY_BYTES);
+        read_json(request, Duration::from_millis(50), &memory).await.map(|(body, _)| body)
     }
 
     #[tokio::test]
@@ -135,5 +141,21 @@ mod tests {
         let never = futures_util::stream::pending::<Result<Bytes, std::io::Error>>();
         let error = read_all(request("application/json", Body::from_stream(never))).await.unwrap_err();
         assert_eq!(error, ApiError::BodyTimeout);
+    }
+
+    #[tokio::test]
+    async fn all_bodies_together_are_bounded() {
+        let memory = BodyMemory::new(10);
+        let read = |len| {
+            let body = request("application/json", vec![b' '; len]);
+            read_json(body, Duration::from_secs(1), &memory)
+        };
+        let (_, first) = read(6).await.unwrap();
+        assert_eq!(read(5).await.err().unwrap(), ApiError::Overloaded);
+        let (_, second) = read(4).await.unwrap();
+        drop(first);
+        let (_, third) = read(6).await.unwrap();
+        drop((second, third));
+        assert!(read(10).await.is_ok());
     }
 }

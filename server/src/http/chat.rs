@@ -7,7 +7,7 @@ use axum::response::Response;
 use serde::Serialize;
 
 use super::answer::{AnswerMeta, Usage};
-use super::body::read_json;
+use super::body::read_parsed;
 use super::chat_request::ChatRequest;
 use super::choice::{OutputToken, StopReason, Update};
 use super::context::RequestContext;
@@ -25,11 +25,9 @@ pub(super) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let serving = state.require_serving()?;
-    let body = read_json(request, state.timeouts.body).await?;
     let rules = serving.rules();
-    let is_long = body.len() > limits::INLINE_JSON_BYTES;
-    let parse = move || ChatRequest::parse(&body, &rules);
-    let request = state.helpers.run(is_long, context.id(), parse).await??;
+    let parse = move |body: &[u8]| ChatRequest::parse(body, &rules);
+    let (request, room) = read_parsed(&state, request, context.id(), parse).await?;
     let ChatRequest { params, conversation } = request;
     state.check_model(params.model.as_deref())?;
 
@@ -54,6 +52,7 @@ pub(super) async fn handle(
         arrival: context.arrival,
         log: log.clone(),
     })?;
+    drop(room);
     let answer = Answer { meta };
     if params.stream.is_some() {
         return sse::respond(state, generation, answer).await;

@@ -7,7 +7,7 @@ use axum::response::Response;
 use serde::Serialize;
 
 use super::answer::{AnswerMeta, Usage};
-use super::body::read_json;
+use super::body::read_parsed;
 use super::choice::{StopReason, Update};
 use super::completion_request::CompletionRequest;
 use super::context::RequestContext;
@@ -29,10 +29,8 @@ pub(super) async fn handle(
 ) -> Result<Response, ApiError> {
     let serving = state.require_serving()?;
     let rules = serving.rules();
-    let body = read_json(request, state.timeouts.body).await?;
-    let is_long = body.len() > limits::INLINE_JSON_BYTES;
-    let parse = move || CompletionRequest::parse(&body, &rules);
-    let request = state.helpers.run(is_long, context.id(), parse).await??;
+    let parse = move |body: &[u8]| CompletionRequest::parse(body, &rules);
+    let (request, room) = read_parsed(&state, request, context.id(), parse).await?;
     let CompletionRequest { mut params, prompts, echo, add_special_tokens } = request;
     state.check_model(params.model.as_deref())?;
 
@@ -65,6 +63,7 @@ pub(super) async fn handle(
         arrival: context.arrival,
         log: log.clone(),
     })?;
+    drop(room);
     let mut answer = Answer { meta, echoes: echo.then_some(echoes), offsets: Vec::new() };
     if params.stream.is_some() {
         return sse::respond(state, generation, answer).await;

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 /// Largest request body, in bytes.
 pub const MAX_BODY_BYTES: usize = 2 * 1024 * 1024;
-/// How much of an over-long body is read and thrown away, so that the client gets to read its 413.
+/// Largest memory of all request bodies together that the engine has not taken yet, in bytes.
+pub const MAX_BODY_MEMORY_BYTES: usize = 256 * 1024 * 1024;
+/// How much of a body is read and thrown away once its answer is known, so that the client gets to read that.
 pub const MAX_DISCARDED_BYTES: usize = 64 * 1024 * 1024;
 /// How long that may take beside the answer.
 pub const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,7 +28,7 @@ pub const MAX_REQUEST_ID_BYTES: usize = 128;
 pub const MAX_MESSAGES: usize = 1024;
 /// Largest number of prompts in one completion request.
 pub const MAX_PROMPTS: usize = 128;
-/// Largest number of stop strings, and the longest one in bytes.
+/// Largest number of stop strings.
 pub const MAX_STOP_STRINGS: usize = 4;
 /// Longest stop string, in bytes.
 pub const MAX_STOP_BYTES: usize = 64;

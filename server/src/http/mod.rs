@@ -32,6 +32,7 @@ mod generation;
 mod gpus;
 mod group;
 mod helpers;
+mod leftover;
 pub mod limits;
 mod logprobs;
 mod metrics;

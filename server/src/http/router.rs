@@ -16,8 +16,9 @@ use super::access_log::{ObservedBody, RequestLog};
 use super::connection::Busy;
 use super::context::{REQUEST_ID, RequestContext, request_id};
 use super::errors::{ApiError, json};
+use super::leftover::{ReadOn, discard};
 use super::state::AppState;
-use super::{body, chat, completions, forward, limits, metrics, models, panics, probes, tokenize};
+use super::{chat, completions, forward, limits, metrics, models, panics, probes, tokenize};
 
 /// Routes that say how the process is, not what its model answers: open to all, logged at debug level.
 const QUIET_ROUTES: &[&str] = &["/health", "/livez", "/readyz", "/startupz", "/ping", "/metrics"];
@@ -76,7 +77,7 @@ async fn route_not_found() -> ApiError {
 
 /// The client gets to read its refusal only if its own bytes have been read.
 async fn refuse_overload(request: Request) -> ApiError {
-    body::discard(request.into_body(), limits::OVERLOAD_DISCARD_TIMEOUT).await;
+    discard(request.into_body(), limits::OVERLOAD_DISCARD_TIMEOUT).await;
     ApiError::Overloaded
 }
 
@@ -100,6 +101,9 @@ async fn observe(State(state): State<Arc<AppState>>, mut request: Request, next:
     // A drain waits until answers are out, not just until they are known.
     let in_flight = (!quiet).then(|| state.lifecycle.request_started());
     request.extensions_mut().insert(RequestContext { log: log.clone(), arrival, tenant: None });
+    let (parts, body) = request.into_parts();
+    let body = Body::new(ReadOn::new(body, &parts.headers, busy.clone()));
+    let request = Request::from_parts(parts, body);
 
     let response = if headers_fit(request.uri(), request.headers()) {
         let answered = panics::catch(next.run(request)).await;

@@ -5,10 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_engine::{EngineHandle, GenerationConfig, ModelInfo};
 
+use super::body::BodyMemory;
+use super::errors::ApiError;
 use super::gpus::GpuGauges;
 use super::group::GroupView;
-
-use super::errors::ApiError;
 use super::helpers::Helpers;
 use super::limits;
 use super::params::Rules;
@@ -29,6 +29,7 @@ pub struct AppState {
     pub(super) timeouts: Timeouts,
     /// Bounds how many long texts are worked on at once, so that they cannot take every core from the step loop.
     pub(super) helpers: Helpers,
+    pub(super) body_memory: BodyMemory,
     /// Most connections on the API's port that take requests.
     pub(super) max_connections: usize,
 }
@@ -91,6 +92,7 @@ impl AppState {
             process: ProcessMeter::new(),
             timeouts,
             helpers: Helpers::new(limits::MAX_LONG_WORK),
+            body_memory: BodyMemory::new(limits::MAX_BODY_MEMORY_BYTES),
             max_connections,
         })
     }

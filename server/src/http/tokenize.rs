@@ -6,7 +6,7 @@ use axum::extract::{Extension, Request, State};
 use axum::response::Response;
 use serde::Serialize;
 
-use super::body::read_json;
+use super::body::read_parsed;
 use super::chat_request::Conversation;
 use super::completion_request::{Prompt, no_tokenizer};
 use super::context::RequestContext;
@@ -51,11 +51,9 @@ pub(super) async fn tokenize(
     let serving = state.require_serving()?;
     let rules = serving.rules();
     let max_model_len = rules.max_model_len;
-    let body = read_json(request, state.timeouts.body).await?;
-    let is_long = body.len() > limits::INLINE_JSON_BYTES;
-    let parse = move || TokenizeRequest::parse(&body, &rules);
-    let TokenizeRequest { model, wants_texts, source } =
-        state.helpers.run(is_long, context.id(), parse).await??;
+    let parse = move |body: &[u8]| TokenizeRequest::parse(body, &rules);
+    let (request, _room) = read_parsed(&state, request, context.id(), parse).await?;
+    let TokenizeRequest { model, wants_texts, source } = request;
     state.check_model(model.as_deref())?;
     // The text may be longer than the context: counting is what this route is for.
     let tokens = match source {
@@ -113,11 +111,10 @@ pub(super) async fn detokenize(
 ) -> Result<Response, ApiError> {
     let serving = state.require_serving()?;
     let tokenizer = serving.tokenizer.clone().ok_or_else(|| no_tokenizer("tokens"))?;
-    let body = read_json(request, state.timeouts.body).await?;
     let vocab_size = serving.engine.config().vocab_size;
-    let is_long = body.len() > limits::INLINE_JSON_BYTES;
-    let parse = move || DetokenizeRequest::parse(&body, vocab_size);
-    let DetokenizeRequest { model, tokens } = state.helpers.run(is_long, context.id(), parse).await??;
+    let parse = move |body: &[u8]| DetokenizeRequest::parse(body, vocab_size);
+    let (request, _room) = read_parsed(&state, request, context.id(), parse).await?;
+    let DetokenizeRequest { model, tokens } = request;
     state.check_model(model.as_deref())?;
     let is_long = tokens.len() > limits::INLINE_LISTED_TOKENS;
     let write = move || json(&Detokenized { prompt: tokenizer.decode(&tokens, false) });

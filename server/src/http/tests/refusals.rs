@@ -186,3 +186,23 @@ async fn failures_before_the_first_byte_have_their_status_and_later_ones_an_even
     assert_eq!((&error["code"], &error["retryable"]), (&json!(500), &json!(false)));
     assert!(events[0]["choices"].is_array());
 }
+
+#[tokio::test]
+async fn a_refusal_that_needs_no_body_is_read_by_a_client_that_sends_a_long_one() {
+    let server = Server::start(Setup { keys: &["key"], ..Setup::default() }).await;
+    let body = "x".repeat(1 << 20);
+    let refused = [
+        (post("/v1/completions", &body, ""), 401),
+        (post("/v1/completions", &body, "authorization: Bearer key\r\ncontent-encoding: gzip\r\n"), 415),
+        (post("/nowhere", &body, ""), 404),
+        (post("/v1/models", &body, "authorization: Bearer key\r\n"), 405),
+    ];
+    for (request, status) in refused {
+        let mut connection = server.connect().await;
+        connection.send(&request).await;
+        assert_eq!(connection.answer().await.error().0, status);
+        // All of it was read: the connection serves on.
+        connection.send(&get("/version", "")).await;
+        assert_eq!(connection.answer().await.status, 200, "after {status}");
+    }
+}
