@@ -277,10 +277,9 @@ impl GroupExecutor {
 
     fn publish(&self) {
         let counters = self.leader.counters();
-        let reasons = self.missing();
         let state = match self.leader.state() {
             State::Ready => GroupState::Ready,
-            _ if reasons.iter().any(|reason| reason.ends_with("last step")) => GroupState::Broken,
+            _ if self.leader.is_giving_up() => GroupState::Broken,
             _ if self.leader.loaded(0).is_none() && self.leader.num_blocks().is_none() => GroupState::Loading,
             _ => GroupState::Joining,
         };
@@ -288,7 +287,8 @@ impl GroupExecutor {
             state,
             epoch: self.leader.epoch(),
             ranks_up: (0..self.leader.size()).map(|rank| self.leader.rank_is_up(rank)).collect(),
-            reasons,
+            // Who was turned away does not keep a group from serving.
+            reasons: if state == GroupState::Ready { Vec::new() } else { self.missing() },
             stale_messages: counters.stale_messages,
             refusals: counters.refusals,
             breaks: counters.breaks,

@@ -221,6 +221,11 @@ impl Leader {
         self.members.iter().flatten().any(|member| member.leaving.is_some())
     }
 
+    /// Whether a rank has yet to give up a step of an epoch that ended.
+    pub(crate) fn is_giving_up(&self) -> bool {
+        self.members.iter().flatten().any(|member| member.aborted.is_some())
+    }
+
     /// What is missing before steps can run, a line for each rank; empty when ready.
     pub(crate) fn missing(&self) -> Vec<String> {
         if self.state == State::Ready {
@@ -492,8 +497,8 @@ impl Leader {
     }
 
     fn take_loaded(&mut self, now: Instant, rank: usize, loaded: Loaded, out: &mut Vec<Action>) {
-        if let Some(needed) = Some(self.num_blocks.unwrap_or(1)).filter(|needed| loaded.max_blocks < *needed)
-        {
+        let needed = self.num_blocks.unwrap_or(1);
+        if loaded.max_blocks < needed {
             let has = loaded.max_blocks;
             let reason = format!("has memory for {has} KV blocks, the group uses {needed}");
             let link = self.members[rank].as_ref().expect("a member has loaded").link;

@@ -17,17 +17,23 @@ use crate::config::{ConfigError, RankConfig};
 /// The order to leave the group, as a line.
 pub(super) const LEAVE: &str = "leave";
 
-/// A [`RankReport`] on its way to the parent.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct ReportLine {
-    pub(super) loaded: bool,
-    pub(super) ready: bool,
-    pub(super) epoch: u64,
-    pub(super) num_blocks: u64,
-    pub(super) reasons: Vec<String>,
-    pub(super) leader_http: String,
-    pub(super) ranks_up: Vec<bool>,
-    pub(super) stale_messages: u64,
+/// A [`RankReport`] on its way to the parent, as a line.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+pub(super) struct ReportLine(#[serde(with = "ReportFields")] pub(super) RankReport);
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "RankReport")]
+struct ReportFields {
+    loaded: bool,
+    joined: bool,
+    ready: bool,
+    epoch: u64,
+    num_blocks: u64,
+    reasons: Vec<String>,
+    leader_http: String,
+    ranks_up: Vec<bool>,
+    stale_messages: u64,
 }
 
 /// Computes until it is told to leave or its parent ends.
@@ -80,17 +86,7 @@ fn abort_on_panic() {
 
 /// Tells the parent. A parent that is gone is found out by [`follow_parent`].
 fn say(report: &RankReport) {
-    let line = ReportLine {
-        loaded: report.loaded,
-        ready: report.ready,
-        epoch: report.epoch,
-        num_blocks: report.num_blocks,
-        reasons: report.reasons.clone(),
-        leader_http: report.leader_http.clone(),
-        ranks_up: report.ranks_up.clone(),
-        stale_messages: report.stale_messages,
-    };
-    let mut line = serde_json::to_string(&line).expect("a report serialises");
+    let mut line = serde_json::to_string(&ReportLine(report.clone())).expect("a report serialises");
     line.push('\n');
     let _ = io::stdout().write_all(line.as_bytes());
 }

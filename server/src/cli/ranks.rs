@@ -37,7 +37,7 @@ struct Shared {
 
 #[derive(Default)]
 struct LocalRank {
-    report: ReportLine,
+    report: RankReport,
     orders: Option<ChildStdin>,
     restarts: u64,
     /// A process in its place had the weights in memory.
@@ -81,7 +81,7 @@ impl Ranks {
     }
 
     /// How each rank is.
-    pub(super) fn reports(&self) -> Vec<ReportLine> {
+    pub(super) fn reports(&self) -> Vec<RankReport> {
         lock(&self.shared).ranks.iter().map(|rank| rank.report.clone()).collect()
     }
 
@@ -117,10 +117,11 @@ impl Ranks {
 /// The command line of a rank: that of `serve` under another name.
 fn rank_arguments(arguments: &[OsString], local_rank: usize) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = arguments.iter().skip(1).cloned().collect();
-    if let Some(command) = arguments.iter_mut().find(|argument| *argument == "serve") {
-        *command = "rank".into();
+    if let Some(command) = arguments.iter().position(|argument| argument == "serve") {
+        arguments[command] = "rank".into();
+        // Right behind it: the end may be behind a `--`.
+        arguments.insert(command + 1, format!("--local-rank={local_rank}").into());
     }
-    arguments.push(format!("--local-rank={local_rank}").into());
     arguments
 }
 
@@ -144,7 +145,7 @@ fn watch(shared: &Mutex<Shared>, local_rank: usize, mut command: Command) {
         let leaving = state.leaving;
         let rank = &mut state.ranks[local_rank];
         rank.orders = None;
-        rank.report = ReportLine { reasons: vec!["the rank is restarted".into()], ..ReportLine::default() };
+        rank.report = RankReport { reasons: vec!["the rank is restarted".into()], ..RankReport::default() };
         if leaving {
             rank.has_left = true;
             return;
@@ -182,32 +183,17 @@ fn attend(shared: &Mutex<Shared>, local_rank: usize, mut child: Child) -> Option
     }
     for line in BufReader::new(output).lines().map_while(Result::ok) {
         match serde_json::from_str(&line) {
-            Ok(report) => take_report(&mut lock(shared).ranks[local_rank], report),
+            Ok(ReportLine(report)) => take_report(&mut lock(shared).ranks[local_rank], report),
             Err(error) => tracing::warn!(local_rank, %error, "a rank says what cannot be understood"),
         }
     }
     child.wait().ok()?.code()
 }
 
-fn take_report(rank: &mut LocalRank, report: ReportLine) {
+fn take_report(rank: &mut LocalRank, report: RankReport) {
     rank.has_loaded |= report.loaded;
     rank.held_blocks = rank.held_blocks.max(report.num_blocks);
     rank.report = report;
-}
-
-/// What a rank says, for probes and metrics.
-pub(super) fn status(line: &ReportLine) -> RankReport {
-    RankReport {
-        loaded: line.loaded,
-        joined: !line.ranks_up.is_empty(),
-        ready: line.ready,
-        epoch: line.epoch,
-        num_blocks: line.num_blocks,
-        reasons: line.reasons.clone(),
-        leader_http: line.leader_http.clone(),
-        ranks_up: line.ranks_up.clone(),
-        stale_messages: line.stale_messages,
-    }
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
@@ -221,8 +207,9 @@ mod tests {
 
     #[test]
     fn a_rank_has_the_arguments_of_its_parent() {
-        let arguments = ["tandem", "serve", "serve", "--tp", "2"].map(OsString::from);
-        let expected = ["rank", "serve", "--tp", "2", "--local-rank=1"].map(OsString::from);
+        let arguments = ["tandem", "serve", "serve", "--tp", "2", "--", "model"].map(OsString::from);
+        let expected =
+            ["rank", "--local-rank=1", "serve", "--tp", "2", "--", "model"].map(OsString::from);
         assert_eq!(rank_arguments(&arguments, 1), expected);
     }
 }

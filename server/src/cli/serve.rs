@@ -152,7 +152,7 @@ impl Pod {
         let (ranks, restarts) = (self.ranks.clone(), self.ranks.clone());
         GroupView {
             leads: self.lead.as_ref().map(|_| self.status.clone()),
-            local_ranks: Arc::new(move || ranks.reports().iter().map(super::ranks::status).collect()),
+            local_ranks: Arc::new(move || ranks.reports()),
             restarts: Arc::new(move || restarts.restarts().iter().sum()),
         }
     }

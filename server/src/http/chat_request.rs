@@ -56,7 +56,7 @@ impl ChatRequest {
         let conversation = Conversation::read(&mut fields, rules)?;
         let params = Params::read(&mut fields, Route::Chat, rules)?;
         if params.max_tokens == Some(0) {
-            return Err(fields.invalid("max_tokens", "must be at least 1"));
+            return Err(fields.invalid(params.max_tokens_param, "must be at least 1"));
         }
         fields.skip(WITHOUT_EFFECT);
         fields.finish();
@@ -248,6 +248,7 @@ mod tests {
             (with_hello(r#""continue_final_message":true"#), "continue_final_message"),
             (with_hello(r#""chat_template_kwargs":[1]"#), "chat_template_kwargs"),
             (with_hello(r#""max_tokens":0"#), "max_tokens"),
+            (with_hello(r#""max_completion_tokens":0"#), "max_completion_tokens"),
             (with_hello(r#""response_format":{"type":"json_schema"}"#), "response_format"),
             (with_hello(r#""echo":true"#), "echo"),
         ];

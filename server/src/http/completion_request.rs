@@ -32,7 +32,7 @@ impl CompletionRequest {
         let prompts = read_prompts(&mut fields, params.truncate_prompt_tokens.is_some(), rules)?;
         let echo = fields.boolean("echo")?.unwrap_or(false);
         if params.max_tokens == Some(0) && !echo {
-            return Err(fields.invalid("max_tokens", "may be 0 only when `echo` is true"));
+            return Err(fields.invalid(params.max_tokens_param, "may be 0 only when `echo` is true"));
         }
         let add_special_tokens = fields.boolean("add_special_tokens")?.unwrap_or(true);
         fields.finish();

@@ -19,7 +19,7 @@ use hyper_util::rt::TokioIo;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use super::context::{REQUEST_ID, RequestContext};
 use super::errors::ApiError;
@@ -37,6 +37,9 @@ const PROBES: u32 = 4;
 const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
 /// A leader that lives sends something on every stream more often than this.
 const SILENCE: Duration = KEEP_ALIVE_INTERVAL.saturating_mul(4);
+/// A leader that this pod's ranks have not heard for this long gives no answer any more, however its machine is. They notice
+/// its silence in seconds; a leader that is started again takes some more.
+const UNHEARD: Duration = Duration::from_secs(10);
 /// Headers of one connection, not of the request.
 const HOP_BY_HOP: [HeaderName; 6] = [
     header::CONNECTION,
@@ -65,10 +68,26 @@ pub(super) async fn unless_leader(
     if report.leader_http.is_empty() {
         return Err(ApiError::NotReady("the leader of its group is not known yet"));
     }
-    pass(request, &report.leader_http, SILENCE).await.map_err(|error| {
+    let passed = tokio::select! {
+        passed = pass(request, &report.leader_http, SILENCE) => passed,
+        () = unheard(|| group.hears_leader(), UNHEARD) => Err("the group does not hear it".to_owned()),
+    };
+    passed.map_err(|error| {
         tracing::warn!(leader = report.leader_http, error, "a request could not be passed on");
         ApiError::NotReady("the leader of its group does not answer")
     })
+}
+
+/// Waits until the leader was not heard for `limit`. An answer that is no stream may take any time, so that nothing else bounds
+/// the wait for it.
+async fn unheard(hears_leader: impl Fn() -> bool, limit: Duration) {
+    let mut heard = Instant::now();
+    while heard.elapsed() < limit {
+        sleep(limit / 10).await;
+        if hears_leader() {
+            heard = Instant::now();
+        }
+    }
 }
 
 /// `silence`: how long nothing may come of an event stream.
@@ -218,6 +237,20 @@ mod tests {
         answering.abort();
         assert_eq!(frames, 4, "a second passes between none of them");
         assert!(error.contains("silent"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_leader_that_is_not_heard_is_given_up() {
+        let (start, limit) = (Instant::now(), Duration::from_secs(1));
+        // For two limits every other look hears it, then none does.
+        let looks = std::cell::Cell::new(0);
+        let hears = || {
+            looks.set(looks.get() + 1);
+            looks.get() <= 20 && looks.get() % 2 == 0
+        };
+        unheard(hears, limit).await;
+        assert!(looks.get() > 20, "{} looks", looks.get());
+        assert!((3 * limit..30 * limit).contains(&start.elapsed()), "{:?}", start.elapsed());
     }
 
     #[tokio::test]

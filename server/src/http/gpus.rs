@@ -4,6 +4,7 @@
 //! the runtime, one question at a time and at most one a second, and a page waits for the answer only briefly: what it shows then
 //! is the answer before, and nothing when that is old.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,7 +45,8 @@ impl GpuGauges {
         }
         let (meter, last) = (Arc::clone(&self.meter), Arc::clone(&self.last));
         let question = tokio::task::spawn_blocking(move || {
-            let usage = meter.read();
+            // A panic of NVML's must not look like a question that is still open.
+            let usage = catch_unwind(AssertUnwindSafe(|| meter.read())).unwrap_or_default();
             lock(&last).end(Instant::now(), usage);
         });
         // One that takes longer ends some time later, by itself.

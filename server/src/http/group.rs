@@ -25,6 +25,11 @@ impl GroupView {
         (self.local_ranks)().iter().all(|rank| rank.loaded)
     }
 
+    /// Whether a rank of this pod is connected to the leader.
+    pub(super) fn hears_leader(&self) -> bool {
+        (self.local_ranks)().iter().any(|rank| rank.joined)
+    }
+
     /// How the group is, as far as this pod knows.
     pub(super) fn report(&self) -> GroupReport {
         let ranks = (self.local_ranks)();

@@ -55,6 +55,8 @@ pub(super) struct Params {
     pub(super) sampling: SamplingParams,
     /// As asked for.
     pub(super) max_tokens: Option<usize>,
+    /// The name under which the client gave it.
+    pub(super) max_tokens_param: &'static str,
     pub(super) stop: Vec<String>,
     pub(super) include_stop_in_output: bool,
     pub(super) skip_special_tokens: bool,
@@ -125,7 +127,7 @@ impl Params {
                 fields.invalid("best_of", "must equal `n`: choosing the best of more is not supported yet")
             );
         }
-        let max_tokens = read_max_tokens(fields, rules)?;
+        let (max_tokens_param, max_tokens) = read_max_tokens(fields, rules)?;
         let mut sampling = read_sampling(fields, rules)?;
         sampling.n = n as u32;
         sampling.logprobs = match route {
@@ -135,13 +137,14 @@ impl Params {
         if let Some(max_tokens) = max_tokens
             && sampling.min_tokens > max_tokens
         {
-            return Err(fields.invalid("min_tokens", "must not be above `max_tokens`"));
+            return Err(fields.invalid("min_tokens", &format!("must not be above `{max_tokens_param}`")));
         }
 
         let params = Self {
             model: fields.string("model")?,
             sampling,
             max_tokens,
+            max_tokens_param,
             stop: read_stop(fields, rules)?,
             include_stop_in_output: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
             skip_special_tokens: fields.boolean("skip_special_tokens")?.unwrap_or(true),
@@ -178,7 +181,7 @@ impl Params {
         let context = rules.max_model_len;
         let asked = self.max_tokens.unwrap_or(if prompt_len < context { 0 } else { 1 });
         if prompt_len + asked > context {
-            let param = if prompt_len >= context { prompt_param } else { "max_tokens" };
+            let param = if prompt_len >= context { prompt_param } else { self.max_tokens_param };
             let message = format!(
                 "This model's maximum context length is {context} tokens. However, you requested {} tokens \
                  ({prompt_len} in the {prompt_param}, {asked} in the completion). Please reduce the length of the \
@@ -198,10 +201,14 @@ impl Params {
 }
 
 /// `max_completion_tokens` wins over `max_tokens`; both are checked. 0 is for the caller to judge.
-fn read_max_tokens(fields: &mut Fields<'_>, rules: &Rules) -> Result<Option<usize>, ApiError> {
-    let old = read_one_max_tokens(fields, "max_tokens", rules)?;
-    let new = read_one_max_tokens(fields, "max_completion_tokens", rules)?;
-    Ok(new.or(old))
+fn read_max_tokens(
+    fields: &mut Fields<'_>,
+    rules: &Rules,
+) -> Result<(&'static str, Option<usize>), ApiError> {
+    let [old, new] = ["max_tokens", "max_completion_tokens"];
+    let max_tokens = read_one_max_tokens(fields, old, rules)?;
+    let max_completion_tokens = read_one_max_tokens(fields, new, rules)?;
+    Ok(if max_completion_tokens.is_some() { (new, max_completion_tokens) } else { (old, max_tokens) })
 }
 
 fn read_one_max_tokens(
@@ -512,6 +519,7 @@ pub(crate) mod tests {
             ("{}", 64, "messages"),
             ("{}", 500, "messages"),
             (r#"{"max_tokens":55}"#, 10, "max_tokens"),
+            (r#"{"max_completion_tokens":55}"#, 10, "max_completion_tokens"),
             (r#"{"min_tokens":50}"#, 10, "min_tokens"),
         ] {
             match resolve(body, prompt_len, 16).unwrap_err() {

@@ -1,5 +1,5 @@
-//! Probes for Kubernetes and load balancers. All of them only look at atomics, so they answer at once whatever the
-//! engine and the tokenizer are doing.
+//! Probes for Kubernetes and load balancers. They look at atomics and at what is locked for moments only, so they answer at
+//! once whatever the engine and the tokenizer are doing.
 //!
 //! * `/startupz`: the local load is over. What other pods do is no part of it: one pod that cannot be scheduled must not get all
 //!   others restarted.
