@@ -14,6 +14,7 @@
 //! Operations check the shapes of their arguments and panic on a mismatch: callers derive shapes from a validated
 //! configuration, so a mismatch is a bug. What comes from files or options is checked with a [`KernelError`].
 
+pub mod cgroup;
 pub mod comm;
 pub mod cpu;
 pub mod cuda;

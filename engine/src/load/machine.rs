@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use tandem_kernels::cgroup::{Cgroup, cgroups};
+
 use super::{LoadError, ModelOptions, make_cpu};
 
 /// The machine as this process may use it.
@@ -25,7 +27,7 @@ pub fn machine_info(options: &ModelOptions) -> Result<MachineInfo, LoadError> {
         isa: cpu.isa().name(),
         threads: cpu.threads(),
         memory_available_bytes: memory_available_bytes(),
-        memory_limit_bytes: cgroup_memory().map(|(limit, _)| limit),
+        memory_limit_bytes: cgroup_memory().map(|memory| memory.limit),
     })
 }
 
@@ -36,10 +38,7 @@ pub(super) fn memory_available_bytes() -> u64 {
         .ok()
         .and_then(|text| available_in_meminfo(&text))
         .unwrap_or(UNKNOWN);
-    match cgroup_memory() {
-        Some((limit, used)) => system.min(limit.saturating_sub(used)),
-        None => system,
-    }
+    cgroup_memory().map_or(system, |memory| memory.left.min(system))
 }
 
 fn available_in_meminfo(text: &str) -> Option<u64> {
@@ -47,27 +46,30 @@ fn available_in_meminfo(text: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Limit and use of this process's cgroup, version 2 or 1; the use does not count what the kernel can drop at once.
-fn cgroup_memory() -> Option<(u64, u64)> {
-    let read = |path: &str| fs::read_to_string(path).ok();
-    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
-    let v2 = || {
-        Some((
-            number("/sys/fs/cgroup/memory.max")?,
-            number("/sys/fs/cgroup/memory.current")?,
-            "/sys/fs/cgroup/memory.stat",
-        ))
+/// The limit of a control group, and what is left of it: what the kernel can drop at once is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct GroupMemory {
+    limit: u64,
+    left: u64,
+}
+
+/// Of the process's groups the one with the least left.
+fn cgroup_memory() -> Option<GroupMemory> {
+    cgroups("memory").iter().filter_map(group_memory).min_by_key(|memory| memory.left)
+}
+
+fn group_memory(group: &Cgroup) -> Option<GroupMemory> {
+    let [limit, used] = match group.is_v1 {
+        true => ["memory.limit_in_bytes", "memory.usage_in_bytes"],
+        false => ["memory.max", "memory.current"],
     };
-    let v1 = || {
-        let folder = "/sys/fs/cgroup/memory";
-        let limit = number(&format!("{folder}/memory.limit_in_bytes"))?;
-        // Version 1 says "no limit" with a huge number.
-        let usage = number(&format!("{folder}/memory.usage_in_bytes"))?;
-        (limit < 1 << 60).then_some((limit, usage, "/sys/fs/cgroup/memory/memory.stat"))
-    };
-    let (limit, used, stat) = v2().or_else(v1)?;
-    let reclaimable = read(stat).and_then(|text| inactive_file(&text)).unwrap_or(0);
-    Some((limit, used.saturating_sub(reclaimable)))
+    let (limit, used) = (group.number::<u64>(limit)?, group.number::<u64>(used)?);
+    // Version 1 says "no limit" with a huge number.
+    if limit >= 1 << 60 {
+        return None;
+    }
+    let reclaimable = group.read("memory.stat").and_then(|text| inactive_file(&text)).unwrap_or(0);
+    Some(GroupMemory { limit, left: limit.saturating_sub(used.saturating_sub(reclaimable)) })
 }
 
 fn inactive_file(stat: &str) -> Option<u64> {
@@ -87,5 +89,26 @@ mod tests {
         assert_eq!(available_in_meminfo("MemTotal: 5 kB\n"), None);
         assert_eq!(inactive_file("anon 3\ninactive_file 4096\n"), Some(4096));
         assert!(memory_available_bytes() > 0);
+    }
+
+    #[test]
+    fn a_groups_memory_is_what_its_limit_leaves() {
+        let folder = std::env::temp_dir().join(format!("tandem-group-memory-{}", std::process::id()));
+        let memory = |is_v1, files: &[(&str, &str)]| {
+            fs::create_dir_all(&folder).unwrap();
+            files.iter().for_each(|(name, text)| fs::write(folder.join(name), text).unwrap());
+            let found = group_memory(&Cgroup { folder: folder.clone(), is_v1 });
+            fs::remove_dir_all(&folder).unwrap();
+            found
+        };
+        let used = ("memory.current", "700\n");
+        let stat = ("memory.stat", "anon 3\ninactive_file 100\n");
+        let expected = Some(GroupMemory { limit: 1000, left: 400 });
+        assert_eq!(memory(false, &[("memory.max", "1000\n"), used, stat]), expected);
+        assert_eq!(memory(false, &[("memory.max", "max\n"), used, stat]), None);
+        let v1 = [("memory.limit_in_bytes", "1000\n"), ("memory.usage_in_bytes", "600\n")];
+        assert_eq!(memory(true, &v1), expected);
+        let free = [("memory.limit_in_bytes", "9223372036854771712\n"), v1[1]];
+        assert_eq!(memory(true, &free), None);
     }
 }

@@ -1,53 +1,33 @@
 //! How many threads this process may really use: affinity, and the CPU quota of its control group.
 
-use std::fs;
-use std::path::Path;
 use std::thread;
+
+use crate::cgroup::{Cgroup, cgroups};
 
 /// Whole CPUs of the quota and of the affinity mask, at least 1. Threads beyond the quota would be throttled in the
 /// middle of a step, with every other worker waiting for them.
 pub fn default_threads() -> usize {
     // Counts the affinity mask (and on Linux the v2 quota of the own group).
     let available = thread::available_parallelism().map_or(1, usize::from);
-    quota(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup"))
-        .map_or(available, |cpus| cpus.min(available))
-        .max(1)
+    quota(&cgroups("cpu")).map_or(available, |cpus| cpus.min(available)).max(1)
 }
 
-/// The tightest quota of the process's groups, rounded down to whole CPUs; `None` without a limit.
-fn quota(membership: &Path, root: &Path) -> Option<usize> {
-    let membership = fs::read_to_string(membership).ok()?;
-    membership.lines().filter_map(|line| group_quota(line, root)).min()
-}
-
-/// One line `id:controllers:/path`; controllers are empty in version 2.
-fn group_quota(line: &str, root: &Path) -> Option<usize> {
-    let mut fields = line.splitn(3, ':');
-    let (_, controllers, group) = (fields.next()?, fields.next()?, fields.next()?);
-    let v1 = controllers.split(',').any(|name| name == "cpu");
-    if !v1 && !controllers.is_empty() {
-        return None;
-    }
-    let base = if v1 { root.join(controllers) } else { root.to_owned() };
-    // Inside a container the own group is often mounted as the root, so both are looked at, and every group between.
-    let own = base.join(group.trim_start_matches('/'));
-    own.ancestors()
-        .take_while(|path| path.starts_with(&base))
-        .filter_map(|path| if v1 { v1_limit(path) } else { v2_limit(path) })
-        .min()
+/// The tightest quota of the groups, rounded down to whole CPUs; `None` without a limit.
+fn quota(groups: &[Cgroup]) -> Option<usize> {
+    let limit = |group: &Cgroup| if group.is_v1 { v1_limit(group) } else { v2_limit(group) };
+    groups.iter().filter_map(limit).min()
 }
 
 /// `cpu.max`: "quota period", quota "max" for none.
-fn v2_limit(path: &Path) -> Option<usize> {
-    let text = fs::read_to_string(path.join("cpu.max")).ok()?;
+fn v2_limit(group: &Cgroup) -> Option<usize> {
+    let text = group.read("cpu.max")?;
     let (quota, period) = text.trim().split_once(' ')?;
     whole_cpus(quota.parse().ok()?, period.parse().ok()?)
 }
 
 /// `cpu.cfs_quota_us`, −1 for none.
-fn v1_limit(path: &Path) -> Option<usize> {
-    let number = |name| fs::read_to_string(path.join(name)).ok()?.trim().parse().ok();
-    whole_cpus(number("cpu.cfs_quota_us")?, number("cpu.cfs_period_us")?)
+fn v1_limit(group: &Cgroup) -> Option<usize> {
+    whole_cpus(group.number("cpu.cfs_quota_us")?, group.number("cpu.cfs_period_us")?)
 }
 
 fn whole_cpus(quota: i64, period: i64) -> Option<usize> {
@@ -60,21 +40,10 @@ fn whole_cpus(quota: i64, period: i64) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cgroup::tests::with_fake;
 
-    /// A fake `/proc/self/cgroup` and `/sys/fs/cgroup`.
     fn quota_of(name: &str, membership: &str, files: &[(&str, &str)]) -> Option<usize> {
-        let root = std::env::temp_dir().join(format!("tandem-cgroup-{}-{name}", std::process::id()));
-        for (path, text) in files {
-            let path = root.join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        }
-        fs::create_dir_all(&root).unwrap();
-        let file = root.join("self");
-        fs::write(&file, membership).unwrap();
-        let quota = quota(&file, &root);
-        fs::remove_dir_all(&root).unwrap();
-        quota
+        with_fake(name, ("cpu", membership), files, quota)
     }
 
     #[test]

@@ -111,7 +111,8 @@ fn descending(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
 const LEVELS: usize = 8;
 /// Up to here collecting and ordering candidates costs less than another pass.
 const FEW: usize = 1024;
-/// The exponent of weights as integers, which add up to the same in any order: 2¹⁶ tokens of weight 1 fit.
+/// The exponent of weights as integers, which add up to the same in any order. Sums have 128 bits: 64 would hold 2¹⁸ tokens
+/// of weight 1, and vocabularies may be larger.
 const WEIGHT_BITS: i32 = 46;
 
 /// A row to be filtered; tokens below `floor` are out already.
@@ -205,13 +206,13 @@ impl Row<'_> {
     }
 
     /// Sum of the candidates' weights e^((logit − maximum) / temperature).
-    fn mass(&self, candidates: &[Candidate], weights: &mut Vec<f32>) -> u64 {
+    fn mass(&self, candidates: &[Candidate], weights: &mut Vec<f32>) -> u128 {
         weights.clear();
         weights.extend(candidates.iter().map(|candidate| candidate.logit()));
         let kernel = Weigh { logits: weights, maximum: self.maximum, inverse: self.inverse };
         // SAFETY: the kernel reads and writes its own slice.
         unsafe { dispatch(self.ops.detected(), kernel) };
-        weights.iter().map(|&weight| integer(weight)).sum()
+        weights.iter().map(|&weight| u128::from(integer(weight))).sum()
     }
 
     /// The first candidate, in order, at which the sum of weights reaches `needed`; `None` if none does.
@@ -221,7 +222,7 @@ impl Row<'_> {
         needed: f64,
         weights: &mut Vec<f32>,
     ) -> Option<Cut> {
-        let mut sum = 0;
+        let mut sum: u128 = 0;
         while candidates.len() > FEW {
             let half = candidates.len() / 2;
             candidates.select_nth_unstable_by(half - 1, descending);
@@ -237,7 +238,7 @@ impl Row<'_> {
         candidates.sort_unstable_by(descending);
         self.mass(candidates, weights);
         let reaches = weights.iter().position(|&weight| {
-            sum += integer(weight);
+            sum += u128::from(integer(weight));
             sum as f64 >= needed
         });
         reaches.map(|last| candidates[last].cut())

@@ -167,3 +167,17 @@ fn the_most_probable_token_survives_every_filter() {
         }
     }
 }
+
+#[test]
+fn a_flat_row_of_a_large_vocabulary_is_cut_where_its_share_is_reached() {
+    let row = vec![1.25; 600_000];
+    let cpu = &backends(1)[0];
+    let filters = Filters { temperature: 100.0, top_k: 0, top_p: 0.75, min_p: 0.0 };
+    for top_k in [0, 500_000] {
+        let filters = Filters { top_k, ..filters };
+        let best = argmax(cpu.into(), &row).unwrap();
+        let cut = filter(cpu.into(), &row, best, &filters, &mut SamplingScratch::default());
+        let candidates = if top_k == 0 { 600_000 } else { top_k };
+        assert_eq!(cut, Cut { logit: 1.25, last: candidates * 3 / 4 - 1 });
+    }
+}

@@ -208,8 +208,7 @@ mod tests {
     #[test]
     fn a_rank_has_the_arguments_of_its_parent() {
         let arguments = ["tandem", "serve", "serve", "--tp", "2", "--", "model"].map(OsString::from);
-        let expected =
-            ["rank", "--local-rank=1", "serve", "--tp", "2", "--", "model"].map(OsString::from);
+        let expected = ["rank", "--local-rank=1", "serve", "--tp", "2", "--", "model"].map(OsString::from);
         assert_eq!(rank_arguments(&arguments, 1), expected);
     }
 }

@@ -150,6 +150,10 @@ async fn run<T: Send + 'static>(
     encoded.map_err(|failure| match failure {
         Failure::Refused(error) => error,
         Failure::Text(error, param) if error.is_client_error() => ApiError::invalid(param, error.to_string()),
+        Failure::Text(error @ TextError::TemplateTime { .. }, _) => {
+            tracing::warn!(request_id, %error);
+            ApiError::Interrupted { message: error.to_string(), retryable: true }
+        }
         Failure::Text(error, _) => ApiError::internal(request_id, &error),
     })
 }

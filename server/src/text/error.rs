@@ -17,7 +17,13 @@ pub enum TextError {
     /// `raise_exception` was called, or the template cannot be applied to these messages.
     #[error("the chat template refused these messages: {0}")]
     Template(String),
-    /// Rendering went past a limit: work, output or time.
+    /// Rendering took too long by the clock. What it may do is bounded otherwise: it is the machine that is busy.
+    #[error("the chat template was not done in {limit_ms} ms: the server is busy, try again")]
+    TemplateTime {
+        /// How long it may take.
+        limit_ms: u64,
+    },
+    /// Rendering went past a limit of work or output.
     #[error("the chat template went past its limit of {0}")]
     TemplateLimit(&'static str),
     /// The messages are not of a form that a chat template takes.
@@ -49,7 +55,7 @@ pub enum TextError {
 }
 
 impl TextError {
-    /// Whether the request caused it (HTTP 400); otherwise the model's files did.
+    /// Whether the request caused it (HTTP 400); otherwise the model's files did, or the moment.
     pub fn is_client_error(&self) -> bool {
         match self {
             TextError::TooLong { .. }
@@ -58,7 +64,8 @@ impl TextError {
             | TextError::InvalidMessages(_)
             | TextError::Stop(_)
             | TextError::Encode(_) => true,
-            TextError::TemplateSyntax(_)
+            TextError::TemplateTime { .. }
+            | TextError::TemplateSyntax(_)
             | TextError::Unsupported(_)
             | TextError::Malformed(_)
             | TextError::File { .. } => false,

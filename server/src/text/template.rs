@@ -146,18 +146,23 @@ impl ChatTemplate {
     }
 
     fn run(&self, context: TemplateValue) -> Result<String, TextError> {
-        let mut output = BoundedOutput { bytes: Vec::new(), started: Instant::now(), exceeded: None };
+        self.run_until(context, Instant::now() + DEADLINE)
+    }
+
+    fn run_until(&self, context: TemplateValue, deadline: Instant) -> Result<String, TextError> {
+        let mut output = BoundedOutput { bytes: Vec::new(), deadline, exceeded: None };
         let template = self.environment.get_template(NAME).map_err(|e| TextError::Template(describe(&e)))?;
         let result = template.render_captured_to(context, &mut output).map(drop);
-        if let Some(limit) = output.exceeded {
-            return Err(TextError::TemplateLimit(limit));
+        if let Some(exceeded) = output.exceeded {
+            return Err(exceeded);
         }
         result.map_err(|e| match e.kind() {
             ErrorKind::OutOfFuel => TextError::TemplateLimit("1,000,000 instructions"),
             _ => TextError::Template(describe(&e)),
         })?;
-        if output.started.elapsed() > DEADLINE * 5 {
-            tracing::warn!(elapsed_ms = output.started.elapsed().as_millis() as u64, "slow chat template");
+        let late = Instant::now().saturating_duration_since(deadline);
+        if late > DEADLINE * 4 {
+            tracing::warn!(elapsed_ms = (DEADLINE + late).as_millis() as u64, "slow chat template");
         }
         String::from_utf8(output.bytes).map_err(|_| TextError::Template("output is not UTF-8".to_owned()))
     }
@@ -166,16 +171,16 @@ impl ChatTemplate {
 /// Where a template writes.
 struct BoundedOutput {
     bytes: Vec<u8>,
-    started: Instant,
-    exceeded: Option<&'static str>,
+    deadline: Instant,
+    exceeded: Option<TextError>,
 }
 
 impl io::Write for BoundedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.bytes.len() + bytes.len() > MAX_OUTPUT_BYTES {
-            self.exceeded = Some("4 MiB of output");
-        } else if self.started.elapsed() > DEADLINE {
-            self.exceeded = Some("200 ms");
+            self.exceeded = Some(TextError::TemplateLimit("4 MiB of output"));
+        } else if Instant::now() > self.deadline {
+            self.exceeded = Some(TextError::TemplateTime { limit_ms: DEADLINE.as_millis() as u64 });
         }
         if self.exceeded.is_some() {
             return Err(io::Error::other("limit"));
@@ -374,6 +379,16 @@ mod tests {
         assert!(limit("{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}"));
         assert!(limit("{% for i in range(100) %}{{ 'x' * 100000 }}{% endfor %}"));
         assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "").is_err());
+    }
+
+    #[test]
+    fn a_slow_machine_is_no_fault_of_the_clients() {
+        let passed = Instant::now() - Duration::from_millis(1);
+        let error = template("x").run_until(TemplateValue::UNDEFINED, passed).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateTime { limit_ms: 200 }) && !error.is_client_error(),
+            "{error}"
+        );
     }
 
     #[test]
