@@ -59,12 +59,16 @@ struct Server {
 impl Server {
     /// Starts on a free port and waits for the banner.
     fn start(arguments: &[&str]) -> Self {
+        Self::start_with_log(arguments, Stdio::null())
+    }
+
+    fn start_with_log(arguments: &[&str], log: Stdio) -> Self {
         let model = model();
         let path = model.path().to_str().unwrap();
         let fixed = ["serve", path, "--load-format", "dummy", "--host", "127.0.0.1", "--port", "0"];
         let sizes = ["--metrics-port", "0", "--kv-cache-memory-bytes", "512MiB", "--served-model-name", "m"];
         let mut command = tandem(&[&fixed[..], &sizes, arguments].concat());
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut banner = String::new();
         let address = loop {
@@ -282,6 +286,18 @@ fn an_idle_server_leaves_at_once() {
         server.stdout.read_to_string(&mut rest).unwrap();
         assert!(rest.contains("curl http://127.0.0.1:"), "{rest}");
     }
+}
+
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut server = Server::start_with_log(&[], full.into());
+    for _ in 0..2 {
+        // Each is logged.
+        assert_eq!(server.status("/v1/models"), "200");
+    }
+    server.signal("TERM");
+    assert_eq!(server.wait().0.code(), Some(0));
 }
 
 #[test]

@@ -339,3 +339,40 @@ fn check_run_and_bench_work_from_the_command_line() {
     assert_eq!(report["results"].as_array().unwrap().len(), 2);
     assert!(report["limits"]["int8_tops"].as_f64().unwrap() > 0.0);
 }
+
+#[test]
+fn a_hostile_template_harms_nobody_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("chat.jinja");
+    let template = "{%- if messages[0].content == 'grow' -%}\
+        {%- set ns = namespace(x='0123456789') -%}\
+        {%- for i in range(60) -%}{%- set ns.x = ns.x ~ ns.x -%}{%- endfor -%}{{ ns.x|length }}\
+        {%- elif messages[0].content == 'last' -%}\
+        {%- for i in range(10000) -%}{%- for j in range(10000) -%}{%- endfor -%}{%- endfor -%}\
+        {%- else -%}<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n{%- endif -%}";
+    std::fs::write(&path, template).expect("written");
+    let server = start(&["--chat-template", path.to_str().expect("UTF-8")]);
+    let ask = |content: &str| server.post("/v1/chat/completions", &chat(content, json!({"max_tokens": 2})));
+    let answer = ask("Hello");
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    for (content, limit) in
+        [("grow", "its limit of 256 MiB of memory"), ("last", "its limit of 1,000,000 instructions")]
+    {
+        std::thread::scope(|scope| {
+            let hostile: Vec<_> = (0..3).map(|_| scope.spawn(|| ask(content))).collect();
+            while hostile.iter().any(|request| !request.is_finished()) {
+                let asked = Instant::now();
+                assert_eq!(server.get("/livez").status, 200);
+                assert!(asked.elapsed() < Duration::from_secs(2), "the probe waited {:?}", asked.elapsed());
+            }
+            for request in hostile {
+                let response = request.join().expect("an answer");
+                assert_eq!(response.status, 400, "{}", response.body);
+                assert!(response.body.contains(limit), "{}", response.body);
+            }
+        });
+    }
+    assert_eq!(ask("Hello").json()["choices"], answer.json()["choices"]);
+    assert!(server.metric("llm_memory_rss_bytes") < 1e9);
+    assert_idle_and_balanced(&server);
+}

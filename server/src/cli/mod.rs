@@ -14,13 +14,14 @@ mod numbers;
 mod rank;
 mod ranks;
 mod run;
+mod sandbox;
 mod serve;
 mod startup;
 mod terminal;
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -37,6 +38,12 @@ const REPLACE: u8 = 70;
 
 /// Runs the command line; `started` is when the process began.
 pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
+    if sandbox::is_asked_for(&arguments) {
+        return match sandbox::render() {
+            Ok(()) => ExitCode::from(DONE),
+            Err(exit) => exit.report(),
+        };
+    }
     let parsed = match config::parse(arguments.clone(), &config::environment_of_process()) {
         Ok(parsed) => parsed,
         Err(Stop::Shown(text)) => {
@@ -95,7 +102,8 @@ impl Exit {
 
     fn report(&self) -> ExitCode {
         for problem in &self.problems {
-            eprintln!("tandem: {}", problem.replace('\n', " "));
+            // Nobody may be there to read it; the exit code says it too.
+            let _ = writeln!(io::stderr(), "tandem: {}", problem.replace('\n', " "));
         }
         ExitCode::from(self.code)
     }

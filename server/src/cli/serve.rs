@@ -99,6 +99,12 @@ async fn run(
     tokio::spawn(engine.carry_wakes());
     state.install(serving(running));
     lifecycle.set(Phase::Ready);
+    let warmed = state.serving().cloned();
+    tokio::spawn(async move {
+        if let Some(sandbox) = warmed.as_ref().and_then(|serving| serving.sandbox.as_ref()) {
+            sandbox.warm_up().await;
+        }
+    });
     terminal::print(&text);
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "ready");
 
@@ -238,6 +244,7 @@ fn serving(running: Running) -> Serving {
         engine: running.engine,
         model: running.info,
         tokenizer: running.tokenizer,
+        sandbox: running.template.as_deref().map(super::sandbox::of),
         template: running.template,
         generation: running.generation,
         gpus: running.gpus.map(GpuGauges::new),

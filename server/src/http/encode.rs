@@ -64,13 +64,25 @@ pub(super) async fn encode_chat(
     };
     let rules = (!truncates).then(|| serving.rules());
     let num_bytes = conversation.num_bytes;
-    let encode = move || {
+    let program = template.clone();
+    let prepare = move || {
         let input = ChatInput {
             messages: &conversation.messages,
             add_generation_prompt: conversation.add_generation_prompt,
             kwargs: conversation.template_kwargs.as_ref(),
         };
-        let rendered = template.render(&input).map_err(|error| Failure::Text(error, "messages"))?;
+        template.prepare(&input).map_err(|error| Failure::Text(error, "messages"))
+    };
+    let chat = run(state, num_bytes, prepare, request_id).await?;
+    // Elsewhere if there is such a place, else below.
+    let rendered = match &serving.sandbox {
+        Some(sandbox) => Some(sandbox.run(&chat).await),
+        None => None,
+    };
+    let num_bytes = rendered.iter().flatten().map(String::len).fold(num_bytes, usize::max);
+    let encode = move || {
+        let rendered = rendered.unwrap_or_else(|| program.run(&chat));
+        let rendered = chat.finish(rendered).map_err(|error| Failure::Text(error, "messages"))?;
         refuse_overlong(&tokenizer, rendered.text(), rules.as_ref(), "messages")?;
         tokenizer.encode_chat(&rendered).map_err(|error| Failure::Text(error, "messages"))
     };

@@ -15,7 +15,7 @@ use super::params::Rules;
 use super::process::{ProcessMeter, max_open_files};
 use crate::config::ServeConfig;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::{ChatTemplate, Sandbox, Tokenizer};
 
 /// Shared by all connections of the process.
 pub struct AppState {
@@ -41,6 +41,8 @@ pub struct Serving {
     /// None: token ids only.
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub template: Option<Arc<ChatTemplate>>,
+    /// Runs the template; None: this process does.
+    pub sandbox: Option<Sandbox>,
     pub generation: GenerationConfig,
     /// None: no GPU computes, or none that can be looked at.
     pub gpus: Option<GpuGauges>,

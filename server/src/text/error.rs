@@ -1,5 +1,6 @@
 //! What can go wrong with text, and whose fault it is.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -25,7 +26,10 @@ pub enum TextError {
     },
     /// Rendering went past a limit of work or output.
     #[error("the chat template went past its limit of {0}")]
-    TemplateLimit(&'static str),
+    TemplateLimit(Cow<'static, str>),
+    /// The process that renders templates cannot be used.
+    #[error("chat templates cannot be rendered: {0}")]
+    Sandbox(String),
     /// The messages are not of a form that a chat template takes.
     #[error("{0}")]
     InvalidMessages(String),
@@ -65,6 +69,7 @@ impl TextError {
             | TextError::Stop(_)
             | TextError::Encode(_) => true,
             TextError::TemplateTime { .. }
+            | TextError::Sandbox(_)
             | TextError::TemplateSyntax(_)
             | TextError::Unsupported(_)
             | TextError::Malformed(_)

@@ -3,7 +3,8 @@
 //! * [`Tokenizer`]: text ↔ ids, from a `tokenizer.json` or a GGUF file's metadata.
 //! * [`Detokenizer`]: ids → text while they are generated; never splits a character.
 //! * [`StopMatcher`]: stop strings across token boundaries.
-//! * [`ChatTemplate`]: messages → the prompt's text, in which only the template's own special tokens are special.
+//! * [`ChatTemplate`]: messages → the prompt's text, in which only the template's own special tokens are special; a
+//!   [`Sandbox`] is a process that runs its program where neither memory nor time that it takes can hurt.
 //!
 //! Invariants: `decode` of all ids equals the concatenation of what a [`Detokenizer`] pushed and finished; text that
 //! a client put into a message never becomes a special token. Everything here is hostile input (model files,
@@ -17,6 +18,7 @@ mod error;
 mod gguf;
 mod guard;
 mod hugging_face;
+mod sandbox;
 mod stop;
 mod template;
 mod template_functions;
@@ -26,7 +28,8 @@ mod tokenizer;
 
 pub use detokenize::Detokenizer;
 pub use error::TextError;
+pub use sandbox::{Sandbox, render_for_parent};
 pub use stop::{MAX_STOP_BYTES, MAX_STOPS, StopMatcher, StopStep};
 pub use tandem_engine::{GgufTokenizer, HuggingFaceTokenizer};
-pub use template::{ChatInput, ChatTemplate, RenderedChat};
+pub use template::{ChatInput, ChatTemplate, PreparedChat, RenderedChat};
 pub use tokenizer::{MAX_TEXT_BYTES, SpecialTokens, Tokenizer};

@@ -1,9 +1,9 @@
 //! Chat templates: messages to the text of a prompt.
 //!
 //! Templates come with a model, so they are hostile input as much as weights are. Bounded here: work (fuel), output,
-//! and time as far as a template writes or works in small steps. Not bounded in this process: memory that one
-//! instruction allocates (`~` doubles a string each time); that needs a helper process with an address-space limit.
-//! There is no loader, so a template reaches no file.
+//! and time as far as a template writes or works in small steps. Not bounded here: memory that one
+//! instruction allocates (`~` doubles a string each time), and the time that this takes; a server runs the program in
+//! another process for that ([`super::sandbox`]). There is no loader, so a template reaches no file.
 //!
 //! A rendered prompt knows which of its characters a client wrote where that matters: see [`super::guard`].
 
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value as TemplateValue};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::error::TextError;
@@ -25,16 +26,22 @@ const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Instructions that one rendering may take.
 const FUEL: u64 = 1_000_000;
 /// Bytes that one rendering may write.
-const MAX_OUTPUT_BYTES: usize = 4 << 20;
+pub(super) const MAX_OUTPUT_BYTES: usize = 4 << 20;
 /// Time that one rendering may take.
 const DEADLINE: Duration = Duration::from_millis(200);
 /// The name under which errors speak of the template.
 const NAME: &str = "chat";
 
-/// A compiled chat template. Shared by `Arc`; rendering takes `&self`.
+/// A compiled template: from variables to text. Nothing that it does reaches beyond.
+#[derive(Debug)]
+pub(super) struct Program {
+    environment: Environment<'static>,
+}
+
+/// A model's chat template. Shared by `Arc`; rendering takes `&self`.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    program: Program,
     source: String,
     tokenizer: Arc<Tokenizer>,
     /// `bos_token` and its like, as templates name them.
@@ -71,12 +78,36 @@ impl RenderedChat {
     }
 }
 
-impl ChatTemplate {
+/// A chat on its way through the template.
+#[derive(Debug)]
+pub struct PreparedChat {
+    variables: Value,
+    mark: char,
+}
+
+impl PreparedChat {
+    /// What the template sees.
+    pub fn variables(&self) -> &Value {
+        &self.variables
+    }
+
+    /// The prompt, from what the template made of the variables.
+    ///
+    /// # Errors
+    /// Those of the template.
+    pub fn finish(&self, rendered: Result<String, TextError>) -> Result<RenderedChat, TextError> {
+        let text = rendered.map_err(|error| without_mark(error, self.mark))?;
+        let (text, cuts) = guard::unmark(&text, self.mark);
+        Ok(RenderedChat { text, cuts })
+    }
+}
+
+impl Program {
     /// Compiles a Jinja template as transformers would.
     ///
     /// # Errors
     /// [`TextError::TemplateSyntax`] with the line.
-    pub fn new(source: &str, tokenizer: Arc<Tokenizer>) -> Result<Self, TextError> {
+    pub(super) fn new(source: &str) -> Result<Self, TextError> {
         if source.len() > MAX_SOURCE_BYTES {
             return Err(TextError::TemplateSyntax(format!("longer than {MAX_SOURCE_BYTES} bytes")));
         }
@@ -88,6 +119,45 @@ impl ChatTemplate {
         environment.set_recursion_limit(64);
         template_functions::install(&mut environment);
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(syntax)?;
+        Ok(Self { environment })
+    }
+
+    /// Renders once.
+    ///
+    /// # Errors
+    /// [`TextError::Template`] with the template's own message, [`TextError::TemplateLimit`] and [`TextError::TemplateTime`].
+    pub(super) fn run(&self, variables: &Value) -> Result<String, TextError> {
+        self.run_until(variables, Instant::now() + DEADLINE)
+    }
+
+    fn run_until(&self, variables: &Value, deadline: Instant) -> Result<String, TextError> {
+        // Every JSON value has a template value.
+        let variables = TemplateValue::deserialize(variables).unwrap_or_default();
+        let mut output = BoundedOutput { bytes: Vec::new(), deadline, exceeded: None };
+        let template = self.environment.get_template(NAME).map_err(|e| TextError::Template(describe(&e)))?;
+        let result = template.render_captured_to(variables, &mut output).map(drop);
+        if let Some(exceeded) = output.exceeded {
+            return Err(exceeded);
+        }
+        result.map_err(|e| match e.kind() {
+            ErrorKind::OutOfFuel => TextError::TemplateLimit("1,000,000 instructions".into()),
+            _ => TextError::Template(describe(&e)),
+        })?;
+        let late = Instant::now().saturating_duration_since(deadline);
+        if late > DEADLINE * 4 {
+            tracing::warn!(elapsed_ms = (DEADLINE + late).as_millis() as u64, "slow chat template");
+        }
+        String::from_utf8(output.bytes).map_err(|_| TextError::Template("output is not UTF-8".to_owned()))
+    }
+}
+
+impl ChatTemplate {
+    /// Compiles a Jinja template as transformers would.
+    ///
+    /// # Errors
+    /// [`TextError::TemplateSyntax`] with the line.
+    pub fn new(source: &str, tokenizer: Arc<Tokenizer>) -> Result<Self, TextError> {
+        let program = Program::new(source)?;
         let ids = [
             ("bos_token", tokenizer.parts.bos),
             ("eos_token", tokenizer.parts.eos),
@@ -96,7 +166,7 @@ impl ChatTemplate {
         ];
         let named = |(name, id): (&'static str, Option<u32>)| Some((name, tokenizer.token_text(id?)));
         let token_names = ids.into_iter().filter_map(named).collect();
-        Ok(Self { environment, source: source.to_owned(), tokenizer, token_names })
+        Ok(Self { program, source: source.to_owned(), tokenizer, token_names })
     }
 
     /// The template's text.
@@ -104,12 +174,29 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Renders a chat.
+    /// Renders a chat in this process.
     ///
     /// # Errors
-    /// [`TextError::Template`] with the template's own message, [`TextError::TemplateLimit`], or
+    /// [`TextError::Template`] with the template's own message, [`TextError::TemplateLimit`], [`TextError::TemplateTime`], or
     /// [`TextError::InvalidMessages`].
     pub fn render(&self, chat: &ChatInput<'_>) -> Result<RenderedChat, TextError> {
+        let chat = self.prepare(chat)?;
+        chat.finish(self.run(&chat))
+    }
+
+    /// Runs the template in this process.
+    ///
+    /// # Errors
+    /// As `render`; `finish` takes them.
+    pub fn run(&self, chat: &PreparedChat) -> Result<String, TextError> {
+        self.program.run(&chat.variables)
+    }
+
+    /// Makes a chat's variables.
+    ///
+    /// # Errors
+    /// [`TextError::InvalidMessages`]
+    pub fn prepare(&self, chat: &ChatInput<'_>) -> Result<PreparedChat, TextError> {
         let messages = joined_parts(chat.messages)?;
         let kwargs = Value::Object(chat.kwargs.cloned().unwrap_or_default());
         let Some(mark) = guard::choose_mark(&self.source, &[&messages, &kwargs]) else {
@@ -118,17 +205,15 @@ impl ChatTemplate {
             ));
         };
         let tokens = self.tokenizer.added();
-        let context = self.context(
+        let variables = self.variables(
             &guard::marked(&messages, tokens, mark),
             &guard::marked(&kwargs, tokens, mark),
             chat.add_generation_prompt,
         );
-        let text = self.run(context).map_err(|error| without_mark(error, mark))?;
-        let (text, cuts) = guard::unmark(&text, mark);
-        Ok(RenderedChat { text, cuts })
+        Ok(PreparedChat { variables, mark })
     }
 
-    fn context(&self, messages: &Value, kwargs: &Value, add_generation_prompt: bool) -> TemplateValue {
+    fn variables(&self, messages: &Value, kwargs: &Value, add_generation_prompt: bool) -> Value {
         let mut context: Map<String, Value> = Map::new();
         for (name, token) in &self.token_names {
             context.insert((*name).to_owned(), Value::String(token.clone()));
@@ -141,30 +226,7 @@ impl ChatTemplate {
         }
         context.insert("messages".to_owned(), messages.clone());
         context.insert("add_generation_prompt".to_owned(), Value::Bool(add_generation_prompt));
-        // Every JSON value has a template value.
-        serde_json::from_value(Value::Object(context)).unwrap_or_default()
-    }
-
-    fn run(&self, context: TemplateValue) -> Result<String, TextError> {
-        self.run_until(context, Instant::now() + DEADLINE)
-    }
-
-    fn run_until(&self, context: TemplateValue, deadline: Instant) -> Result<String, TextError> {
-        let mut output = BoundedOutput { bytes: Vec::new(), deadline, exceeded: None };
-        let template = self.environment.get_template(NAME).map_err(|e| TextError::Template(describe(&e)))?;
-        let result = template.render_captured_to(context, &mut output).map(drop);
-        if let Some(exceeded) = output.exceeded {
-            return Err(exceeded);
-        }
-        result.map_err(|e| match e.kind() {
-            ErrorKind::OutOfFuel => TextError::TemplateLimit("1,000,000 instructions"),
-            _ => TextError::Template(describe(&e)),
-        })?;
-        let late = Instant::now().saturating_duration_since(deadline);
-        if late > DEADLINE * 4 {
-            tracing::warn!(elapsed_ms = (DEADLINE + late).as_millis() as u64, "slow chat template");
-        }
-        String::from_utf8(output.bytes).map_err(|_| TextError::Template("output is not UTF-8".to_owned()))
+        Value::Object(context)
     }
 }
 
@@ -178,7 +240,7 @@ struct BoundedOutput {
 impl io::Write for BoundedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.bytes.len() + bytes.len() > MAX_OUTPUT_BYTES {
-            self.exceeded = Some(TextError::TemplateLimit("4 MiB of output"));
+            self.exceeded = Some(TextError::TemplateLimit("4 MiB of output".into()));
         } else if Instant::now() > self.deadline {
             self.exceeded = Some(TextError::TemplateTime { limit_ms: DEADLINE.as_millis() as u64 });
         }
@@ -384,7 +446,7 @@ mod tests {
     #[test]
     fn a_slow_machine_is_no_fault_of_the_clients() {
         let passed = Instant::now() - Duration::from_millis(1);
-        let error = template("x").run_until(TemplateValue::UNDEFINED, passed).unwrap_err();
+        let error = Program::new("x").unwrap().run_until(&Value::Null, passed).unwrap_err();
         assert!(
             matches!(error, TextError::TemplateTime { limit_ms: 200 }) && !error.is_client_error(),
             "{error}"

@@ -114,7 +114,9 @@ pub(super) fn serving(config: EngineConfig, with_text: bool) -> (Serving, Arc<Kn
     let template =
         tokenizer.clone().map(|tokenizer| Arc::new(ChatTemplate::new(TEMPLATE, tokenizer).unwrap()));
     let generation = GenerationConfig::default();
-    (Serving { engine, model: model(), tokenizer, template, generation, gpus: None }, knobs)
+    let serving =
+        Serving { engine, model: model(), tokenizer, template, sandbox: None, generation, gpus: None };
+    (serving, knobs)
 }
 
 pub(super) fn serve_config(keys: &[&str]) -> Arc<ServeConfig> {
