@@ -139,8 +139,22 @@ enum Recognised {
     HuggingFace(PathBuf),
 }
 
+/// Whether this is what a hub calls a model (`owner/name`) rather than a file.
+fn looks_like_repository(path: &Path) -> bool {
+    let parts = path.components().count();
+    parts == 2
+        && path.is_relative()
+        && path.extension().is_none_or(|ending| ending != "gguf")
+        && !path.exists()
+}
+
 fn recognise(path: &Path) -> Result<Recognised, ModelError> {
-    let metadata = std::fs::metadata(path).map_err(|source| ModelError::io(path, source))?;
+    let metadata = std::fs::metadata(path).map_err(|source| match looks_like_repository(path) {
+        true => {
+            ModelError::malformed(&shown(path), "no such file or folder; nothing is downloaded from a hub")
+        }
+        false => ModelError::io(path, source),
+    })?;
     if !metadata.is_dir() {
         // A GGUF file is known by its magic number, not by its name: caches store files under hashes.
         return Ok(Recognised::Gguf(path.to_owned()));

@@ -136,6 +136,7 @@ fn the_tensor_table_is_compared_with_the_configuration() {
 fn folders_are_recognised_or_explained() {
     let folder = TestFolder::new();
     assert!(refusal(&folder.path().join("nothing")).contains("No such file"));
+    assert!(refusal(Path::new("owner/Model-1B-Instruct")).contains("nothing is downloaded from a hub"));
     assert!(
         refusal(folder.path())
             .ends_with("neither a config.json with safetensors nor a .gguf file in this folder")

@@ -92,7 +92,8 @@ impl Draining {
 
     /// Whether everything ended in time.
     async fn wait(&self) -> bool {
-        sleep(ACCEPT_MORE).await;
+        // Who grants less for all of it wants no more of this either.
+        sleep(ACCEPT_MORE.min(self.limit)).await;
         self.engine.begin_drain();
         let idle = async {
             while !self.is_idle() {

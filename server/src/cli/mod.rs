@@ -1,7 +1,7 @@
 //! The commands of `tandem`, and what they share.
 //!
-//! Exit codes: 0 done, 1 failed on the way, 2 configuration or model refused before any work. A refusal is one line on
-//! standard error that names the flag, variable, key or file and what to do.
+//! Exit codes: 0 done, 1 failed on the way, 2 configuration or model refused before any work, 70 a rank that its parent has to
+//! start again. A refusal is one line on standard error that names the flag, variable, key or file and what to do.
 
 mod banner;
 mod bench;
@@ -67,6 +67,7 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
     for note in &parsed.notes {
         tracing::warn!("{note}");
     }
+    let prints_results = !matches!(parsed.command, Command::Serve(_) | Command::Rank(_));
     let result = match parsed.command {
         Command::Serve(config) => serve::serve(*config, &arguments, started),
         Command::Rank(config) => rank::rank(*config),
@@ -76,7 +77,10 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
         Command::Kernels(config) => kernels::kernels(config),
     };
     match result {
-        Ok(()) => ExitCode::from(DONE),
+        Ok(()) => match terminal::failure().filter(|_| prints_results) {
+            Some(error) => Exit::failed(format!("standard output: {error}")).report(),
+            None => ExitCode::from(DONE),
+        },
         Err(exit) => exit.report(),
     }
 }

@@ -24,7 +24,7 @@ use super::drain::{Cause, Draining, Signals};
 use super::ranks::Ranks;
 use super::startup::{self, Prepared, Running};
 use super::{Exit, banner, follow, terminal};
-use crate::config::{ConfigError, GroupConfig, ServeConfig};
+use crate::config::{ConfigError, GroupConfig, LogFormat, ServeConfig};
 use crate::http::{self, AppState, GpuGauges, GroupView, Serving};
 use crate::lifecycle::{Lifecycle, Phase};
 
@@ -105,8 +105,11 @@ async fn run(
             sandbox.warm_up().await;
         }
     });
-    terminal::print(&text);
-    tracing::info!(seconds = started.elapsed().as_secs_f64(), "ready");
+    // Beside a log for programs it would be text among JSON.
+    if config.common.log_format == LogFormat::Text {
+        terminal::print(&text);
+    }
+    tracing::info!(seconds = started.elapsed().as_secs_f64(), api = %api_address, "ready");
 
     let cause = tokio::select! {
         cause = signals.next() => Some(cause),

@@ -13,8 +13,8 @@ use super::identity::{self, GroupConfig};
 use super::layers::{Environment, Origins};
 use super::secret::ApiKey;
 use super::values::{
-    Activations, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization,
-    WeightType,
+    Activations, AllowedOrigins, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat,
+    Quantization, WeightType,
 };
 
 /// Tokens per KV block.
@@ -96,6 +96,7 @@ pub struct ServeConfig {
     /// Requests that may wait.
     pub max_num_queued_reqs: usize,
     /// How long running requests may take to finish after SIGTERM.
+    pub allowed_origins: AllowedOrigins,
     pub shutdown_timeout: Duration,
     /// This pod's place in a tensor-parallel group, if there is one.
     pub group: Option<GroupConfig>,
@@ -213,6 +214,7 @@ pub(super) fn serve(
         metrics_port: (flags.metrics_port != 0).then_some(flags.metrics_port),
         served_model_names: flags.served_model_name,
         api_keys: flags.api_key.into_iter().map(ApiKey::new).collect(),
+        allowed_origins: flags.allowed_origins,
         max_num_queued_reqs: flags.max_num_queued_reqs as usize,
         shutdown_timeout: Duration::from_secs(flags.shutdown_timeout),
         group,

@@ -84,13 +84,16 @@ pub(super) fn one_line(error: &clap::Error) -> String {
         }
         ErrorKind::UnknownArgument => {
             let argument = context(ContextKind::InvalidArg).unwrap_or_default();
+            if super::familiar::is_not_built_yet(argument.split('=').next().unwrap_or_default()) {
+                return format!("{argument} is not supported yet; see --help");
+            }
             let nearest = context(ContextKind::SuggestedArg);
             let nearest = nearest.map_or(String::new(), |s| format!(" (did you mean {s}?)"));
             format!("unknown argument {argument:?}{nearest}; see --help")
         }
         ErrorKind::InvalidSubcommand => {
             let name = context(ContextKind::InvalidSubcommand).unwrap_or_default();
-            format!("unknown command {name:?} (serve, run, bench, check)")
+            format!("unknown command {name:?} ({COMMANDS})")
         }
         _ => {
             let text = error.to_string();
@@ -99,6 +102,9 @@ pub(super) fn one_line(error: &clap::Error) -> String {
         }
     }
 }
+
+/// The commands that users call.
+pub(super) const COMMANDS: &str = "serve, run, bench, check, kernels";
 
 /// The flag that a clap error is about, by its long name.
 pub(super) fn flag_of(error: &clap::Error) -> Option<String> {

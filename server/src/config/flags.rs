@@ -3,7 +3,7 @@
 //! Names are those of `vllm serve` where the meaning is the same. Every long flag has a variable and a key of the
 //! same name ([`super::layers`]); the help shows the variable.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use clap::builder::TypedValueParser;
@@ -13,8 +13,8 @@ use clap::{Arg, ArgAction, Args, CommandFactory, Parser, Subcommand};
 use super::bench::{Endpoint, OutputFormat};
 use super::layers;
 use super::values::{
-    Activations, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization,
-    WeightType, byte_size, share,
+    Activations, AllowedOrigins, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat,
+    Quantization, WeightType, byte_size, share,
 };
 
 const MODEL: &str = "Model";
@@ -155,14 +155,14 @@ pub(super) struct ComputeFlags {
     #[arg(long, value_name = "ISA", default_value = "auto", help_heading = COMPUTE)]
     pub(super) isa: Isa,
     /// Threads that compute [default: whole CPUs of the quota]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = COMPUTE)]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), help_heading = COMPUTE)]
     pub(super) threads: Option<u16>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct MemoryFlags {
-    /// Tokens of prompt and answer together [default: the model's, as far as the KV cache holds it]
-    #[arg(long, value_name = "TOKENS", value_parser = count(), help_heading = MEMORY)]
+    /// Tokens of prompt and answer together; 2k are 2000, 2K are 2048 [default: the model's, as far as the KV cache holds it]
+    #[arg(long, value_name = "TOKENS", value_parser = tokens, help_heading = MEMORY)]
     pub(super) max_model_len: Option<u64>,
     /// Memory for KV, e.g. 4GiB [default: what the limits below need, at most 25 % of free memory and 4 GiB]
     #[arg(long, value_name = "BYTES", value_parser = byte_size, help_heading = MEMORY)]
@@ -180,7 +180,7 @@ pub(super) struct MemoryFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           default_value = "true", help_heading = MEMORY)]
     pub(super) enable_prefix_caching: bool,
-    /// Do not
+    /// Do not reuse KV of prompts that begin alike
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           default_value = "false", hide_default_value = true, hide_possible_values = true, help_heading = MEMORY)]
     pub(super) no_enable_prefix_caching: bool,
@@ -225,8 +225,8 @@ pub(super) struct ServeFlags {
     pub(super) max_num_queued_reqs: u64,
     #[command(flatten)]
     pub(super) group: GroupFlags,
-    /// Address to listen on
-    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0", help_heading = SERVER)]
+    /// Address to listen on, or localhost
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0", value_parser = host, help_heading = SERVER)]
     pub(super) host: IpAddr,
     /// Port of the API and of /metrics
     #[arg(long, value_name = "PORT", default_value = "8000", help_heading = SERVER)]
@@ -240,7 +240,11 @@ pub(super) struct ServeFlags {
     /// Keys, one of which requests must bring; better set by the variable, which other users cannot see
     #[arg(long, value_name = "KEY", num_args = 1.., value_delimiter = ',', help_heading = SERVER)]
     pub(super) api_key: Vec<String>,
-    /// Seconds that running requests get to finish on SIGTERM
+    /// Origins whose pages may call the API from a browser: *, none, or a list, also in JSON
+    #[arg(long, value_name = "ORIGIN,…", default_value = "*", value_parser = AllowedOrigins::parse, help_heading = SERVER)]
+    pub(super) allowed_origins: AllowedOrigins,
+    /// Seconds that running requests get to finish on SIGTERM, after 5 (or as many, if those are fewer) in which new ones are
+    /// still accepted
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = whole(0, 86_400), help_heading = SERVER)]
     pub(super) shutdown_timeout: u64,
     #[command(flatten)]
@@ -416,6 +420,30 @@ pub(super) struct BenchFlags {
     pub(super) timeout: u64,
     #[command(flatten)]
     pub(super) log: LogFlags,
+}
+
+/// An address, or the one name that means the same everywhere.
+fn host(text: &str) -> Result<IpAddr, String> {
+    match text {
+        "localhost" => Ok(Ipv4Addr::LOCALHOST.into()),
+        _ => text.parse().map_err(|_| "it is no IP address, nor localhost".to_owned()),
+    }
+}
+
+/// A number of tokens, as vLLM takes it: with k, m and g for thousands, K, M and G for 1024s.
+fn tokens(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.char_indices().last() {
+        Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
+            let power = "kmg".find(suffix.to_ascii_lowercase()).map(|power| power as u32 + 1);
+            let power = power.ok_or_else(|| format!("{suffix} is no unit: k, m, g, K, M or G"))?;
+            (&text[..at], if suffix.is_ascii_lowercase() { 1000_u64 } else { 1024 }.pow(power))
+        }
+        _ => (text, 1),
+    };
+    let number = digits.parse::<i128>().map_err(|error| error.to_string())?;
+    let tokens = number.checked_mul(i128::from(unit)).and_then(|tokens| u64::try_from(tokens).ok());
+    let limits = 1..=u64::from(u32::MAX);
+    tokens.filter(|tokens| limits.contains(tokens)).ok_or_else(|| format!("{text} is not in {limits:?}"))
 }
 
 /// A whole number from 1 on.

@@ -12,7 +12,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Command};
 
 use super::Stop;
-use super::error::{ConfigError, Origin, flag_of, one_line};
+use super::error::{COMMANDS, ConfigError, Origin, flag_of, one_line};
 use super::file::{self, Entry};
 
 /// The variables that matter: `TANDEM_*`, and those by which Kubernetes says which pod this is.
@@ -237,7 +237,7 @@ fn stop(error: &clap::Error, origins: &Origins) -> Stop {
         DisplayHelp | DisplayVersion => Stop::Shown(Box::new(error.render())),
         DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand => Stop::Refused(ConfigError::new(
             Origin::CommandLine,
-            "a command is missing (serve, run, bench, check); see --help",
+            format!("a command is missing ({COMMANDS}); see --help"),
         )),
         _ => {
             let origin = match flag_of(error) {

@@ -7,6 +7,7 @@
 mod bench;
 mod check;
 mod error;
+mod familiar;
 mod file;
 mod flags;
 mod identity;
@@ -23,8 +24,8 @@ pub use identity::GroupConfig;
 pub use layers::{Environment, Origins, environment_of_process};
 pub use secret::ApiKey;
 pub use values::{
-    Activations, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat, Quantization,
-    WeightType,
+    Activations, AllowedOrigins, CustomAllReduce, Device, Dtype, Isa, KvCacheDtype, LoadFormat, LogFormat,
+    Quantization, WeightType,
 };
 
 use clap::FromArgMatches;
@@ -39,7 +40,7 @@ pub enum Command {
     Run(Box<RunConfig>),
     /// `tandem bench`
     Bench(Box<BenchConfig>),
-    /// `tandem check`: its own configuration, if that alone can be made sense of, and everything wrong with it.
+    /// `tandem check`: the configuration of `serve`.
     Check(Box<ServeConfig>),
     /// `tandem kernels`
     Kernels(KernelsConfig),
@@ -70,7 +71,9 @@ pub struct Parsed {
 /// # Errors
 /// [`Stop::Refused`] names the flag, variable or key and what to do about it.
 pub fn parse(arguments: Vec<OsString>, environment: &Environment) -> Result<Parsed, Stop> {
-    let resolved = layers::resolve(flags::command(), arguments, environment)?;
+    let (arguments, needless) = familiar::without_needless(arguments);
+    let mut resolved = layers::resolve(flags::command(), arguments, environment)?;
+    resolved.notes.extend(needless);
     let cli = flags::Cli::from_arg_matches(&resolved.matches)
         .map_err(|e| Stop::Refused(ConfigError::new(Origin::CommandLine, error::one_line(&e))))?;
     let origins = &resolved.origins;

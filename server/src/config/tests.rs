@@ -184,7 +184,7 @@ fn negative_numbers_are_values_of_their_flag() {
         ("--seed", "-1 is not in 0..=18446744073709551615"),
         ("--max-num-seqs", "-1 is not in 1..=4294967295"),
         ("--shutdown-timeout", "-1 is not in 0..=86400"),
-        ("--threads", "-1 is not in 1..=1024"),
+        ("--threads", "-1 is not in 1..=256"),
     ] {
         let message = refusal(&[flag, "-1"], &[]);
         assert!(message.starts_with(&format!("{flag}: ")) && message.contains(range), "{message}");
@@ -322,4 +322,31 @@ fn help_names_every_variable() {
     let mut command = flags::command();
     command.build();
     command.debug_assert();
+}
+
+#[test]
+fn command_lines_of_vllm_are_understood() {
+    let familiar = "--max-model-len 2k --trust-remote-code -tp 1 --load-format safetensors --host localhost \
+         --allowed-origins [\"https://a.example\",\"http://b:1\"]";
+    let arguments: Vec<&str> = familiar.split_whitespace().collect();
+    let parsed = parse_with(&[&["serve", "m.gguf"], &arguments[..]].concat(), &[]).unwrap();
+    assert_eq!(parsed.notes, ["--trust-remote-code changes nothing here"]);
+    let Command::Serve(config) = parsed.command else { panic!("serve") };
+    assert_eq!((config.common.max_model_len, config.host.to_string()), (Some(2000), "127.0.0.1".into()));
+    let origins = ["https://a.example", "http://b:1"].map(str::to_owned).to_vec();
+    assert_eq!(config.allowed_origins, AllowedOrigins::List(origins));
+
+    assert!(
+        refusal(&["--tool-call-parser", "hermes"], &[]).contains("--tool-call-parser is not supported yet")
+    );
+    assert!(refusal(&["--pipeline-parallel-size", "2"], &[]).contains("is not supported yet"));
+    assert!(refusal(&["--max-model-len", "2x"], &[]).contains("x is no unit"));
+    assert!(refusal(&["--max-model-len", "0"], &[]).contains("0 is not in 1..=4294967295"));
+    assert!(refusal(&["--host", "example.org"], &[]).contains("it is no IP address, nor localhost"));
+    for origins in ["https://a.example/", "a.example", "[1]"] {
+        assert!(
+            refusal(&["--allowed-origins", origins], &[]).starts_with("--allowed-origins: "),
+            "{origins}"
+        );
+    }
 }

@@ -94,10 +94,44 @@ pub enum Isa {
     Scalar,
 }
 
+/// `--allowed-origins`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AllowedOrigins {
+    /// Pages of every origin.
+    Any,
+    /// Those of these; of none if it is empty.
+    List(Vec<String>),
+}
+
+impl AllowedOrigins {
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let origins: Vec<String> = match text.trim() {
+            "none" => Vec::new(),
+            list if list.starts_with('[') => {
+                serde_json::from_str(list).map_err(|error| format!("no list of origins: {error}"))?
+            }
+            list => list.split(',').map(|origin| origin.trim().to_owned()).collect(),
+        };
+        if origins.iter().any(|origin| origin == "*") {
+            return Ok(Self::Any);
+        }
+        // A path or a slash at the end would never match what browsers send.
+        let is_origin = |origin: &String| {
+            let host = origin.split_once("://").map_or("", |(_, host)| host);
+            !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
+        };
+        match origins.iter().find(|origin| !is_origin(origin)) {
+            Some(origin) => Err(format!("{origin:?} is no origin, such as https://example.org")),
+            None => Ok(Self::List(origins)),
+        }
+    }
+}
+
 /// `--load-format`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LoadFormat {
     /// The files' own weights.
+    #[value(aliases = ["gguf", "safetensors"])]
     Auto,
     /// Random weights of the configuration's shapes.
     Dummy,

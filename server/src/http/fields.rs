@@ -100,9 +100,10 @@ impl<'a> Fields<'a> {
         range: RangeInclusive<i64>,
     ) -> Result<Option<i64>, ApiError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
-        let number = whole(raw).ok_or_else(|| self.wrong_type(name, "a whole number"))?;
+        let (low, high) = (range.start(), range.end());
+        let number = whole(raw)
+            .ok_or_else(|| self.wrong_type(name, &format!("a whole number from {low} to {high}")))?;
         if !range.contains(&number) {
-            let (low, high) = (range.start(), range.end());
             return Err(self.invalid(name, &format!("must be from {low} to {high}, got {number}")));
         }
         Ok(Some(number))

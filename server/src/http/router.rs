@@ -1,16 +1,17 @@
 //! Which path leads to which handler, and what surrounds all of them: ids, header limits, keys, panics, the log.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, Method, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Serialize;
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
 use super::access_log::{ObservedBody, RequestLog};
 use super::connection::Busy;
@@ -19,7 +20,10 @@ use super::errors::{ApiError, json};
 use super::leftover::{ReadOn, discard};
 use super::state::AppState;
 use super::{chat, completions, forward, limits, metrics, models, panics, probes, tokenize};
+use crate::config::AllowedOrigins;
 
+/// How long a browser may remember what it asked.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 /// Routes that say how the process is, not what its model answers: open to all, logged at debug level.
 const QUIET_ROUTES: &[&str] = &["/health", "/livez", "/readyz", "/startupz", "/ping", "/metrics"];
 
@@ -38,7 +42,20 @@ pub(super) fn api(state: Arc<AppState>) -> Router {
         .route_layer(from_fn_with_state(state.clone(), authenticate));
     let routes =
         probes().route("/metrics", get(metrics::with_vllm)).route("/version", get(version)).merge(protected);
-    finish(routes.fallback(route_not_found), state)
+    let cors = cors(&state.config.allowed_origins);
+    finish(routes.fallback(route_not_found), state).layer(cors)
+}
+
+/// Which pages in browsers may call the API. Browsers ask with requests of their own first, which this answers.
+fn cors(allowed: &AllowedOrigins) -> CorsLayer {
+    let origins = match allowed {
+        AllowedOrigins::Any => AllowOrigin::any(),
+        AllowedOrigins::List(origins) => {
+            AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()))
+        }
+    };
+    let layer = CorsLayer::new().allow_origin(origins).expose_headers([REQUEST_ID, header::RETRY_AFTER]);
+    layer.allow_methods([Method::GET, Method::POST]).allow_headers(Any).max_age(PREFLIGHT_AGE)
 }
 
 /// What the serving port offers when it has too many connections: probes, and a 503 for all else.

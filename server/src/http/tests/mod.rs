@@ -36,6 +36,7 @@ struct Server {
 /// How a test's server differs from the plain one.
 struct Setup {
     keys: &'static [&'static str],
+    flags: &'static [&'static str],
     engine: EngineConfig,
     with_text: bool,
     timeouts: Timeouts,
@@ -47,6 +48,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             keys: &[],
+            flags: &[],
             engine: engine_config(),
             with_text: true,
             timeouts: Timeouts::default(),
@@ -58,7 +60,7 @@ impl Default for Setup {
 
 impl Server {
     async fn start(setup: Setup) -> Self {
-        let (config, lifecycle) = (toy::serve_config(setup.keys), Lifecycle::new());
+        let (config, lifecycle) = (toy::serve_config(setup.keys, setup.flags), Lifecycle::new());
         let state = AppState::with_limits(config, lifecycle, None, setup.timeouts, setup.max_connections);
         let (serving, knobs) = toy::serving(setup.engine, setup.with_text);
         if setup.loaded {

@@ -206,3 +206,32 @@ async fn a_refusal_that_needs_no_body_is_read_by_a_client_that_sends_a_long_one(
         assert_eq!(connection.answer().await.status, 200, "after {status}");
     }
 }
+
+#[tokio::test]
+async fn pages_of_allowed_origins_may_call() {
+    let preflight = |origin: &str| {
+        let asks = "access-control-request-method: POST\r\naccess-control-request-headers: authorization\r\n";
+        format!("OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: t\r\norigin: {origin}\r\n{asks}\r\n")
+            .into_bytes()
+    };
+    const ALLOWED: &str = "access-control-allow-origin";
+    for (flags, origin, allowed) in [
+        (&[][..], "https://a.example", Some("*")),
+        (
+            &["--allowed-origins", "https://a.example,https://b.example"][..],
+            "https://a.example",
+            Some("https://a.example"),
+        ),
+        (&["--allowed-origins", "https://b.example"][..], "https://a.example", None),
+        (&["--allowed-origins", "none"][..], "https://a.example", None),
+    ] {
+        // A browser asks without the key.
+        let server = Server::start(Setup { keys: &["key"], flags, ..Setup::default() }).await;
+        let asked = server.request(preflight(origin)).await;
+        assert_eq!((asked.status, asked.header(ALLOWED)), (200, allowed), "{flags:?}");
+        let headers = format!("origin: {origin}\r\n");
+        // A refusal too is for the page to read.
+        let refused = server.request(post("/v1/completions", "{}", &headers)).await;
+        assert_eq!((refused.status, refused.header(ALLOWED)), (401, allowed), "{flags:?}");
+    }
+}

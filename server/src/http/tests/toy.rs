@@ -119,9 +119,10 @@ pub(super) fn serving(config: EngineConfig, with_text: bool) -> (Serving, Arc<Kn
     (serving, knobs)
 }
 
-pub(super) fn serve_config(keys: &[&str]) -> Arc<ServeConfig> {
+pub(super) fn serve_config(keys: &[&str], flags: &[&str]) -> Arc<ServeConfig> {
     let mut arguments = vec!["tandem", "serve", "toy.gguf", "--served-model-name", "toy"];
     arguments.extend(keys.iter().flat_map(|key| ["--api-key", key]));
+    arguments.extend(flags);
     let arguments = arguments.into_iter().map(Into::into).collect();
     match config::parse(arguments, &BTreeMap::new()).map(|parsed| parsed.command) {
         Ok(config::Command::Serve(config)) => Arc::new(*config),
