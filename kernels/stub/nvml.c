@@ -1,6 +1,7 @@
 // Stands in for NVML in tests: two GPUs, in another order than CUDA's. The second has no power meter.
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { OK = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6 };
@@ -18,6 +19,10 @@ static int find(const char **names, const char *name, uintptr_t *device) {
 int nvmlDeviceGetHandleByUUID(const char *uuid, uintptr_t *device) { return find(uuids, uuid, device); }
 int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, uintptr_t *device) { return find(buses, bus, device); }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, uintptr_t *device) { *device = index + 1; return OK; }
+int nvmlDeviceGetMigMode(uintptr_t device, unsigned *current, unsigned *pending) {
+    *current = *pending = getenv("STUB_MIG") != NULL;
+    return OK;
+}
 int nvmlDeviceGetIndex(uintptr_t device, unsigned *index) { *index = device - 1; return OK; }
 int nvmlDeviceGetUtilizationRates(uintptr_t device, unsigned *rates) { rates[0] = 25 * device; rates[1] = 99; return OK; }
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } Memory;

@@ -103,7 +103,7 @@ impl CudaShard {
 
     fn make_ready(&mut self, num_blocks: usize, others: &mut Connected) -> Result<(), ShardError> {
         self.step.model.allocate_kv(num_blocks).map_err(of_device)?;
-        self.step.model.record(Some(others.collectives())).map_err(of_step)
+        self.step.model.record(Some(others.collectives())).map_err(|error| of_step(&self.step, error))
     }
 
     fn connect(&mut self, forming: Forming<'_>) -> Result<Connected, ShardError> {
@@ -143,7 +143,7 @@ impl CudaShard {
         self.step.model.runner().cuda().bind().map_err(of_device)?;
         let place = (forming.rank, forming.size);
         let communicator = NcclCommunicator::init(&abort, &id, place, NcclOptions::default());
-        let communicator = communicator.map_err(|error| of_step(error.into()))?;
+        let communicator = communicator.map_err(|error| of_step(&self.step, error.into()))?;
         let one_shot = self.meet(&mut comm, small)?;
         Ok(Connected::Nccl(SmallSums { others: NcclCollectives(communicator), one_shot }))
     }
@@ -175,7 +175,9 @@ impl CudaShard {
         abort: Option<OneShotAbort>,
     ) -> Result<Option<OneShot>, ShardError> {
         let (Some(abort), Some(memory)) = (abort, &self.one_shot) else { return Ok(None) };
-        let meeting = memory.meet(self.step.model.runner(), comm, &abort).map_err(of_step)?;
+        let meeting = memory
+            .meet(self.step.model.runner(), comm, &abort)
+            .map_err(|error| of_step(&self.step, error))?;
         match meeting {
             Meeting::All(one_shot) => {
                 tracing::info!(most_bytes = ONE_SHOT_BYTES, "small sums over ranks are made in one shot");
@@ -212,10 +214,12 @@ impl ShardDevice for CudaShard {
             return Err(ShardError::Failed("no group was formed".into()));
         };
         let start = Instant::now();
-        self.step.queue(batch, rows, Some(others.collectives())).map_err(of_step)?;
+        self.step
+            .queue(batch, rows, Some(others.collectives()))
+            .map_err(|error| of_step(&self.step, error))?;
         if let Err(error) = others.wait(&self.step) {
             others.give_up();
-            return Err(of_step(error));
+            return Err(of_step(&self.step, error));
         }
         let forward = start.elapsed();
         Ok(ShardOutput { forward, rows: self.step.collect(batch, rows).map_err(of_device)? })
@@ -300,13 +304,17 @@ fn of_device(error: CudaError) -> ShardError {
     }
 }
 
-fn of_step(error: DeviceCommError) -> ShardError {
+fn of_step(step: &CudaStep, error: DeviceCommError) -> ShardError {
     match error {
         DeviceCommError::Cuda(error) | DeviceCommError::Nccl(NcclError::Device(error)) => of_device(error),
         error @ DeviceCommError::Stuck => ShardError::Unfit(error.to_string()),
-        // "Unhandled CUDA error": the device has failed, and every new communicator on it would.
+        // "Unhandled CUDA error": the device may have failed, and every new communicator on it would; or just a call, as when
+        // the memory of a rank that died is opened.
         DeviceCommError::Nccl(error @ NcclError::Failed { code: 1, .. }) => {
-            ShardError::Unfit(error.to_string())
+            match step.model.runner().cuda().is_idle_within(RELEASE) {
+                Ok(true) => ShardError::Failed(error.to_string()),
+                Ok(false) | Err(_) => ShardError::Unfit(error.to_string()),
+            }
         }
         other => ShardError::Failed(other.to_string()),
     }

@@ -9,7 +9,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 
 use super::driver;
-use super::{CudaError, Target, Unavailable};
+use super::{CudaError, ImageForm, Target, Unavailable};
 
 /// One GPU: its context on the device, and the one stream that all work goes to. Clones are the same device.
 #[derive(Clone, Debug)]
@@ -62,8 +62,15 @@ impl Cuda {
         let devices = list()?;
         driver::nvrtc()?;
         driver::cublaslt()?;
-        driver::driver_loads_what_nvrtc_makes()?;
-        if !devices.iter().any(DeviceInfo::is_supported) {
+        let targets = || devices.iter().filter_map(DeviceInfo::target);
+        let takes_assembly_only =
+            targets().next().is_some() && targets().all(|target| target.form == ImageForm::Ptx);
+        driver::driver_loads_what_nvrtc_makes(if takes_assembly_only {
+            ImageForm::Ptx
+        } else {
+            ImageForm::Cubin
+        })?;
+        if targets().next().is_none() {
             let found: Vec<_> = devices.iter().map(DeviceInfo::to_string).collect();
             return Err(Unavailable::Capability { found: found.join(", ") });
         }
@@ -111,8 +118,7 @@ impl Cuda {
 
     /// What kernels are compiled for here.
     pub fn target(&self) -> Target {
-        let (major, minor) = self.shared.info.capability;
-        Target::for_capability(major, minor).expect("`open` refuses devices without a target")
+        self.shared.info.target().expect("`open` refuses devices without a target")
     }
 
     /// Binds the calling thread. Every call does so by itself; called once before a loop it shows trouble early.
@@ -231,7 +237,11 @@ impl Drop for CaptureMark<'_> {
 impl DeviceInfo {
     /// Whether this backend has kernels for it.
     pub fn is_supported(&self) -> bool {
-        Target::for_capability(self.capability.0, self.capability.1).is_some()
+        self.target().is_some()
+    }
+
+    fn target(&self) -> Option<Target> {
+        Target::for_capability(self.capability.0, self.capability.1)
     }
 }
 

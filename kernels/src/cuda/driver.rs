@@ -6,9 +6,10 @@
 
 use std::sync::OnceLock;
 
-use cudarc::driver::sys::CUevent;
+use cudarc::driver::sys::{CUcontext, CUevent};
 use libloading::Library;
 
+use super::compile::ImageForm;
 use super::error::words;
 
 /// Why there is no CUDA on this machine. Each is one line.
@@ -182,9 +183,10 @@ fn open_nvrtc() -> Result<(i32, i32), Unavailable> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the function exists and writes two integers.
     let result = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result();
-    if result.is_err() || major < 12 {
+    // The conversion to e4m3 of 8.9 came with 12.1.
+    if result.is_err() || (major, minor) < (12, 1) {
         let found = format!("{major}.{minor}");
-        return Err(Unavailable::LibraryTooOld { library: NAME, found, needed: "12.0" });
+        return Err(Unavailable::LibraryTooOld { library: NAME, found, needed: "12.1" });
     }
     Ok((major, minor))
 }
@@ -215,20 +217,52 @@ fn open_cublaslt() -> Result<usize, Unavailable> {
     Ok(version)
 }
 
-/// Cubins of NVRTC 13 need a driver of CUDA 13; within a major version they load on any.
+/// Cubins of NVRTC 13 need a driver of CUDA 13; within a major version they load on any. Assembly (PTX) does not: its language grows
+/// with minor versions too.
 ///
 /// # Errors
 /// `DriverTooOld`.
-pub(super) fn driver_loads_what_nvrtc_makes() -> Result<(), Unavailable> {
-    let (driver, (major, _)) = (driver_version()?, nvrtc()?);
-    if driver / 1000 < major {
+pub(super) fn driver_loads_what_nvrtc_makes(form: ImageForm) -> Result<(), Unavailable> {
+    let (driver, (major, minor)) = (driver_version()?, nvrtc()?);
+    let needed = match form {
+        ImageForm::Cubin => major * 1000,
+        ImageForm::Ptx => major * 1000 + minor * 10,
+    };
+    if driver < needed {
         return Err(Unavailable::DriverTooOld {
             found: version_text(driver),
-            needed: version_text(major * 1000),
+            needed: version_text(needed),
             because: " for the kernels that this NVRTC makes; install a newer driver or an older NVRTC",
         });
     }
     Ok(())
+}
+
+/// The context that a thread is bound to, for another thread that works in its name.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BoundContext(CUcontext);
+
+// SAFETY: a context may be current on several threads at once.
+unsafe impl Send for BoundContext {}
+// SAFETY: as above; nothing changes it.
+unsafe impl Sync for BoundContext {}
+
+impl BoundContext {
+    /// That of this thread, if there is a driver and it has one.
+    pub(crate) fn of_this_thread() -> Option<Self> {
+        driver().ok()?;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: the driver is there, and writes a pointer.
+        let result = unsafe { cudarc::driver::sys::cuCtxGetCurrent(&raw mut context) }.result();
+        (result.is_ok() && !context.is_null()).then_some(Self(context))
+    }
+
+    /// Binds this thread to it. The context must still be there: the caller owns what keeps it.
+    pub(crate) fn bind(self) {
+        // A failure leaves the thread as it was.
+        // SAFETY: the driver was there when this was made.
+        let _ = unsafe { cudarc::driver::sys::cuCtxSetCurrent(self.0) };
+    }
 }
 
 /// Milliseconds between two events that have happened; `Err` is CUDA's number of the error.

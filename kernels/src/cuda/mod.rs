@@ -61,6 +61,7 @@ pub use cache::{CacheKey, KernelCache, Origin};
 pub use compile::{Architecture, Compiler, Image, ImageForm, Source, Target};
 pub use device::{Cuda, DeviceInfo, MemoryInfo};
 pub use device_launcher::DeviceLauncher;
+pub(crate) use driver::BoundContext;
 pub use driver::Unavailable;
 pub use error::CudaError;
 pub use flag::HostFlag;

@@ -32,12 +32,19 @@ impl GpuWatch {
     /// The reason in words: without NVML, or for a part of a GPU, there are no such metrics, which is no fault.
     pub fn open(device: &DeviceInfo) -> Result<Self, String> {
         let nvml = open()?;
-        let by_uuid = nvml.device_by_uuid(device.uuid.as_str()).and_then(|found| found.index());
-        let by_bus = |_: NvmlError| {
-            nvml.device_by_pci_bus_id(device.pci_bus_id.as_str()).and_then(|found| found.index())
+        let unknown = |error: NvmlError| format!("NVML does not know {device}: {error}");
+        let index = match nvml.device_by_uuid(device.uuid.as_str()).and_then(|found| found.index()) {
+            Ok(index) => index,
+            Err(error) => {
+                let bus = device.pci_bus_id.as_str();
+                let found = nvml.device_by_pci_bus_id(bus).map_err(|_| unknown(error))?;
+                // At a part's address is the whole GPU, whose use and memory are not the part's.
+                if found.mig_mode().is_ok_and(|mode| mode.current != 0) {
+                    return Err(format!("{device} is a part of a GPU, of which NVML knows the whole only"));
+                }
+                found.index().map_err(unknown)?
+            }
         };
-        let index =
-            by_uuid.or_else(by_bus).map_err(|error| format!("NVML does not know {device}: {error}"))?;
         Ok(Self { nvml, index })
     }
 
@@ -104,10 +111,19 @@ mod tests {
                 watts: None,
             };
             assert_eq!(sample, expected);
-            let by_bus = GpuWatch::open(&device("MIG-1", "0000:01:00.0")).unwrap();
+            let by_bus = GpuWatch::open(&device("GPU-8", "0000:01:00.0")).unwrap();
             assert_eq!(by_bus.sample().watts, Some(350.5));
             let reason = GpuWatch::open(&device("GPU-9", "0000:09:00.0")).unwrap_err();
             assert!(reason.starts_with("NVML does not know GPU 0 some GPU (8.0): "), "{reason}");
+        });
+    }
+
+    #[test]
+    fn a_part_of_a_gpu_is_not_taken_for_the_whole() {
+        let test = "a_part_of_a_gpu_is_not_taken_for_the_whole";
+        in_child((module_path!(), test), &[Stub::Nvml], &[("STUB_MIG", "1")], || {
+            let reason = GpuWatch::open(&device("GPU-8", "0000:01:00.0")).unwrap_err();
+            assert!(reason.contains("a part of a GPU"), "{reason}");
         });
     }
 

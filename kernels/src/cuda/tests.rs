@@ -86,6 +86,17 @@ fn a_driver_of_one_major_version_takes_any_minor_one_of_nvrtc() {
 }
 
 #[test]
+fn assembly_needs_a_driver_of_nvrtcs_minor_version() {
+    let test = "assembly_needs_a_driver_of_nvrtcs_minor_version";
+    let versions = [("STUB_DRIVER_VERSION", "12080"), ("STUB_NVRTC_VERSION", "12.9")];
+    let env = [&versions[..], &[("STUB_CAPABILITY", "120")]].concat();
+    in_probe(test, &ALL, &env, |error| {
+        let Unavailable::DriverTooOld { found, needed, .. } = error else { panic!("{error}") };
+        assert_eq!((found.as_str(), needed.as_str()), ("12.8", "12.9"));
+    });
+}
+
+#[test]
 fn no_gpu_is_a_reason() {
     in_probe("no_gpu_is_a_reason", &ALL, &[("STUB_DEVICES", "0")], |error| {
         assert_eq!(error, Unavailable::NoDevice);

@@ -57,6 +57,8 @@ pub struct CudaLlamaOptions {
 
 /// A loaded model, its KV cache, and the working memory of one step.
 pub struct CudaLlama {
+    /// By bucket. First, for they hold functions of the runner's and addresses of buffers: fields are dropped in order.
+    graphs: HashMap<usize, Graph>,
     /// Of this rank's share.
     config: ModelConfig,
     options: CudaLlamaOptions,
@@ -74,8 +76,6 @@ pub struct CudaLlama {
     scratch: Scratch,
     skinny: Skinny,
     kv: Option<KvPool>,
-    /// By bucket.
-    graphs: HashMap<usize, Graph>,
 }
 
 /// Weights of one decoder layer.

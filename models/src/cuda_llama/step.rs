@@ -119,10 +119,16 @@ impl StepArrays {
                 changed.push(place + same..place + table.len());
             }
         }
-        device.slice::<i32>(0, at.block_tables).upload(host, 0)?;
-        changed.iter().try_for_each(|range| {
-            device.slice::<i32>(4 * range.start, range.len()).upload(host, 4 * range.start)
-        })
+        let queued = device.slice::<i32>(0, at.block_tables).upload(host, 0).and_then(|()| {
+            changed.iter().try_for_each(|range| {
+                device.slice::<i32>(4 * range.start, range.len()).upload(host, 4 * range.start)
+            })
+        });
+        if queued.is_err() {
+            // What the device has is not known: nothing that comes may be taken for the same.
+            host.write::<i32>(4 * at.block_tables, at.pairs - at.block_tables)?.fill(NO_SLOT);
+        }
+        queued
     }
 
     /// Queues a list of blocks, or of pairs of blocks; where it will be.

@@ -4,11 +4,12 @@ use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::library::{Config, Functions, IN_PROGRESS, RawComm, RawId, SUCCESS};
 use super::{Nccl, NcclError, NcclUniqueId};
+use crate::cuda::BoundContext;
 
 /// How long [`NcclAbort::abort`] waits for a call that is just being made, before it leaves the rest to that call's thread.
 pub(super) const ABORT_PATIENCE: Duration = Duration::from_secs(2);
@@ -34,6 +35,8 @@ pub(super) struct Shared {
     aborted: AtomicBool,
     comm: Mutex<Comm>,
     released: Arc<Released>,
+    /// Of the thread that joined.
+    context: OnceLock<Option<BoundContext>>,
 }
 
 /// Whether NCCL has let a communicator go.
@@ -69,7 +72,8 @@ impl NcclAbort {
     /// For a communicator that is about to be made.
     pub fn new(nccl: Nccl) -> Self {
         let (aborted, comm) = (AtomicBool::new(false), Mutex::new(Comm::NotYet));
-        Self { shared: Arc::new(Shared { nccl, aborted, comm, released: Arc::default() }) }
+        let (released, context) = (Arc::default(), OnceLock::new());
+        Self { shared: Arc::new(Shared { nccl, aborted, comm, released, context }) }
     }
 
     /// Makes everything that runs on the communicator, and all that comes, end with [`NcclError::Aborted`]; its kernels on the device
@@ -129,8 +133,13 @@ impl Shared {
         // SAFETY: a communicator's handle may be used from any thread, and nobody else has this one.
         unsafe impl Send for Owned {}
         let (owned, functions, released) = (Owned(raw), self.nccl.functions(), self.released.clone());
+        let context = self.context.get().copied().flatten();
         let abort = move || {
             let Owned(raw) = { owned };
+            // A thread without a context is on GPU 0 for NCCL, which would make itself a context there, whatever GPU is ours.
+            if let Some(context) = context {
+                context.bind();
+            }
             // Its result does not matter: the communicator is gone either way.
             // SAFETY: the handle is live and nobody else has it any more.
             unsafe { (functions.comm_abort)(raw.as_ptr()) };
@@ -154,6 +163,7 @@ impl Shared {
             return Err(NcclError::Aborted);
         }
         assert!(matches!(*comm, Comm::NotYet), "an abort handle is for one communicator");
+        let _ = self.context.set(BoundContext::of_this_thread());
         let mut raw = std::ptr::null_mut();
         let mut config = Config::non_blocking();
         let init = self.nccl.functions().comm_init_rank_config;
