@@ -170,7 +170,7 @@ impl Engine {
     /// Ends every stream, those of submissions not received and still to come too, and counts what had not
     /// ended as failed. Looks at nothing that a panic may have left half done.
     pub(crate) fn fail_all(&mut self, failure: RequestFailure) {
-        self.shared.publish(self.recorder.final_snapshot(failure.code));
+        self.shared.publish(self.recorder.final_snapshot(failure.kind));
         for (mut outlet, own_failure) in self.departing.drain(..) {
             outlet.flush();
             outlet.end(own_failure);
@@ -418,8 +418,8 @@ impl Engine {
     fn fail(&mut self, serial: u64, failure: RequestFailure) {
         let Some(request) = self.requests.remove(&serial) else { return };
         request.keys().for_each(|key| self.scheduler.remove_doubtful(&key));
-        self.recorder.errored(failure.code);
-        tracing::warn!(id = request.id, code = failure.code, reason = failure.message, "request failed");
+        self.recorder.errored(failure.kind);
+        tracing::warn!(id = request.id, kind = ?failure.kind, reason = failure.message, "request failed");
         self.departing.push((request.outlet, Some(failure)));
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-/// A parameter that no engine of this configuration could honour; becomes a 400 that names the field.
+/// A parameter that no engine of this configuration could honour; the field is for the client to correct.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{param}: {message}")]
 pub struct InvalidParam {
@@ -26,19 +26,19 @@ impl InvalidParam {
 /// Why a request was not taken. Nothing of it is counted or kept.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SubmitError {
-    /// It could never run: a 400.
+    /// It could never run.
     #[error(transparent)]
     Invalid(#[from] InvalidParam),
-    /// As many requests wait or are in flight as may, or as many bytes: a 503 with `Retry-After`.
+    /// As many requests wait or are in flight as may, or as many bytes.
     #[error("the queue is full")]
     QueueFull,
-    /// The executor's group of ranks is not whole, or a rank is about to leave it: a 503 with `Retry-After`.
+    /// The executor's group of ranks is not whole, or a rank is about to leave it.
     #[error("the worker waits for its group of ranks")]
     NotReady,
-    /// The worker is shutting down and takes nothing new: a 503.
+    /// The worker is shutting down and takes nothing new.
     #[error("the worker is draining")]
     Draining,
-    /// The step thread has ended: a 503.
+    /// The step thread has ended.
     #[error("the engine has stopped")]
     Stopped,
 }
@@ -47,41 +47,52 @@ pub enum SubmitError {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{message}")]
 pub struct RequestFailure {
-    /// HTTP status: 500 or 503.
-    pub code: u16,
+    pub kind: FailureKind,
     /// For the client: no internals.
     pub message: String,
-    /// Whether the same request may succeed elsewhere or later.
-    pub retryable: bool,
+}
+
+/// Whose matter a failure is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FailureKind {
+    /// Something is wrong with this worker or its model: the same request would fail again.
+    Internal,
+    /// Of the moment: the same request may succeed elsewhere or later.
+    Unavailable,
 }
 
 impl RequestFailure {
     pub(crate) fn stopped() -> Self {
-        Self { code: 503, message: "the engine has stopped".into(), retryable: true }
+        Self::unavailable("the engine has stopped")
     }
 
     pub(crate) fn panicked() -> Self {
-        Self { code: 500, message: "internal engine failure".into(), retryable: false }
+        Self { kind: FailureKind::Internal, message: "internal engine failure".into() }
     }
 
     pub(crate) fn step_failed() -> Self {
-        Self { code: 503, message: "the step could not be executed".into(), retryable: true }
+        Self::unavailable("the step could not be executed")
     }
 
     pub(crate) fn not_recovered(timeout: Duration) -> Self {
-        let message = format!("the group of ranks was not whole again within {} s", timeout.as_secs_f64());
-        Self { code: 503, message, retryable: true }
+        Self::unavailable(format!(
+            "the group of ranks was not whole again within {} s",
+            timeout.as_secs_f64()
+        ))
     }
 
     pub(crate) fn drained_without_group() -> Self {
-        let message = "the worker is shutting down and its group of ranks is not whole".into();
-        Self { code: 503, message, retryable: true }
+        Self::unavailable("the worker is shutting down and its group of ranks is not whole")
+    }
+
+    fn unavailable(message: impl Into<String>) -> Self {
+        Self { kind: FailureKind::Unavailable, message: message.into() }
     }
 }
 
 impl From<RowError> for RequestFailure {
     fn from(error: RowError) -> Self {
-        Self { code: 500, message: error.to_string(), retryable: false }
+        Self { kind: FailureKind::Internal, message: error.to_string() }
     }
 }
 
@@ -103,12 +114,12 @@ impl ExecutorError {
 /// How far a failed step reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExecutorErrorKind {
-    /// Every request of the step fails with a retryable 503; the others go on.
+    /// Every request of the step fails, to be tried again; the others go on.
     Step,
     /// The group of ranks broke, and all KV is gone. No request fails: what was not computed to its end is
     /// computed again once the executor is ready.
     GroupLost,
-    /// No later step can succeed either: every request fails with a retryable 503 and the engine stops.
+    /// No later step can succeed either: every request fails, to be tried elsewhere, and the engine stops.
     Fatal,
 }
 

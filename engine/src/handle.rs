@@ -124,7 +124,7 @@ impl EngineHandle {
         self.shared.draining.store(true, Ordering::SeqCst);
     }
 
-    /// Fails everything in flight with a retryable 503, stops the step thread after its current step, and
+    /// Fails everything in flight as unavailable, stops the step thread after its current step, and
     /// waits for it.
     pub fn shutdown(&self) {
         let _ = self.commands.send(Command::Shutdown);

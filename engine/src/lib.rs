@@ -48,7 +48,9 @@ mod testing;
 pub use config::EngineConfig;
 pub use engine::{Engine, StepStatus};
 pub use environment::{Clock, Environment, FixedSeeds, SeedSource, SystemClock, SystemSeeds};
-pub use error::{ExecutorError, ExecutorErrorKind, InvalidParam, RequestFailure, RowError, SubmitError};
+pub use error::{
+    ExecutorError, ExecutorErrorKind, FailureKind, InvalidParam, RequestFailure, RowError, SubmitError,
+};
 pub use executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
 pub use gpu_usage::{GpuMeter, GpuUsage};
 pub use group::{
@@ -70,7 +72,7 @@ pub use snapshot::{Snapshot, StepTimes};
 pub use step_plan::{BlockCopy, PlannedSequence, StepPlan};
 pub use stream::{Event, FinishReason, RequestStream, TokenLogprobs};
 /// What the crate above needs of the crates below, as plain data.
-pub use tandem_kernels::{Activations, DType, Isa, KvDType, limits::Limits};
+pub use tandem_kernels::{Activations, DType, Isa, KvDType, cache_folder, limits::Limits};
 pub use tandem_models::{
     GenerationConfig, GgufTokenizer, HuggingFaceTokenizer, TensorParallel, TokenizerFiles,
 };

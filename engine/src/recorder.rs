@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::config::EngineConfig;
+use crate::error::FailureKind;
 use crate::request_state::{Choice, RequestState};
 use crate::scheduler::{Schedule, Scheduler};
 use crate::snapshot::{Snapshot, StepTimes};
@@ -58,13 +59,13 @@ impl Recorder {
         totals.clone()
     }
 
-    /// The last counts of an engine whose state is not to be trusted: what had not ended has failed with
-    /// `code`.
-    pub(crate) fn final_snapshot(&mut self, code: u16) -> Snapshot {
+    /// The last counts of an engine whose state is not to be trusted: what had not ended has failed as
+    /// `kind` says.
+    pub(crate) fn final_snapshot(&mut self, kind: FailureKind) -> Snapshot {
         let totals = &mut self.totals;
         let ended = totals.completed() + totals.errored_total() + totals.cancelled;
         if totals.admitted > ended {
-            *totals.errored.entry(code).or_default() += totals.admitted - ended;
+            *totals.errored.entry(kind).or_default() += totals.admitted - ended;
         }
         (totals.in_flight, totals.running, totals.waiting) = (0, 0, 0);
         totals.clone()
@@ -78,8 +79,8 @@ impl Recorder {
         self.totals.cancelled += 1;
     }
 
-    pub(crate) fn errored(&mut self, code: u16) {
-        *self.totals.errored.entry(code).or_default() += 1;
+    pub(crate) fn errored(&mut self, kind: FailureKind) {
+        *self.totals.errored.entry(kind).or_default() += 1;
     }
 
     /// A request is in a step for the first time.

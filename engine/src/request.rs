@@ -26,8 +26,7 @@ pub struct Request {
 impl Request {
     /// Refuses what could never run under `config`.
     pub(crate) fn validate(&self, config: &EngineConfig) -> Result<(), InvalidParam> {
-        self.params.validate(config.vocab_size)?;
-        self.params.validate_candidates(config.vocab_size, &config.eos_token_ids)?;
+        self.params.validate(config.vocab_size, &config.eos_token_ids)?;
         if self.prompt.is_empty() {
             return Err(InvalidParam::new("prompt", "must not be empty"));
         }

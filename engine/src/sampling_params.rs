@@ -71,9 +71,9 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Refuses what has no meaning for a model of `vocab_size` tokens. Bounds of taste (how many choices, how
+    /// Refuses what has no meaning for a model of `vocab_size` tokens that ends texts with `eos_token_ids`. Bounds of taste (how many choices, how
     /// large a temperature) are the caller's.
-    pub fn validate(&self, vocab_size: usize) -> Result<(), InvalidParam> {
+    pub fn validate(&self, vocab_size: usize, eos_token_ids: &[u32]) -> Result<(), InvalidParam> {
         check(self.n >= 1, "n", "must be at least 1")?;
         check(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens")?;
         check(self.temperature.is_finite() && self.temperature >= 0.0, "temperature", "must be 0 or more")?;
@@ -85,7 +85,8 @@ impl SamplingParams {
         check(additive.contains(&self.presence_penalty), "presence_penalty", "must be between -2 and 2")?;
         check(additive.contains(&self.frequency_penalty), "frequency_penalty", "must be between -2 and 2")?;
         check(self.logprobs.unwrap_or(0) <= vocab_size, "logprobs", "must not exceed the vocabulary")?;
-        self.validate_token_ids(vocab_size)
+        self.validate_token_ids(vocab_size)?;
+        self.validate_candidates(vocab_size, eos_token_ids)
     }
 
     fn validate_token_ids(&self, vocab_size: usize) -> Result<(), InvalidParam> {
@@ -98,15 +99,11 @@ impl SamplingParams {
             check(!allowed.is_empty(), "allowed_token_ids", "must not be empty")?;
             check_ids(allowed, vocab_size, "allowed_token_ids")?;
         }
-        self.validate_candidates(vocab_size, &[])
+        Ok(())
     }
 
     /// Refuses what leaves no token to draw, at any time or while `min_tokens` keeps the choice from ending.
-    pub(crate) fn validate_candidates(
-        &self,
-        vocab_size: usize,
-        eos_token_ids: &[u32],
-    ) -> Result<(), InvalidParam> {
+    fn validate_candidates(&self, vocab_size: usize, eos_token_ids: &[u32]) -> Result<(), InvalidParam> {
         let allowed = self.allowed_token_ids.as_deref();
         let is_any_outside = |excluded: &HashSet<u32>| match allowed {
             Some(allowed) => allowed.iter().any(|token| !excluded.contains(token)),
@@ -149,7 +146,7 @@ mod tests {
 
     #[test]
     fn the_default_is_valid() {
-        assert_eq!(SamplingParams::default().validate(8), Ok(()));
+        assert_eq!(SamplingParams::default().validate(8, &[]), Ok(()));
     }
 
     #[test]
@@ -196,7 +193,7 @@ mod tests {
         for (field, edit) in cases {
             let mut params = SamplingParams::default();
             edit(&mut params);
-            assert_eq!(params.validate(8).unwrap_err().param, field);
+            assert_eq!(params.validate(8, &[]).unwrap_err().param, field);
         }
     }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::config::EngineConfig;
+use crate::error::FailureKind;
 use crate::histogram::{CHOICES, FIRST_TOKEN, Histogram, PER_REQUEST, PER_TOKEN, STEP_TOKENS, up_to};
 
 /// Counters since start, and gauges of the moment. Times are in seconds.
@@ -20,7 +21,7 @@ pub struct Snapshot {
     /// Requests of which a choice ended at `max_tokens`.
     pub completed_length: u64,
     /// Requests failed, by status code.
-    pub errored: BTreeMap<u16, u64>,
+    pub errored: BTreeMap<FailureKind, u64>,
     /// Requests whose stream was dropped before its end.
     pub cancelled: u64,
     pub in_flight: u64,
@@ -219,7 +220,7 @@ impl Snapshot {
         snapshot.in_flight += unreceived - failed;
         snapshot.waiting += unreceived - failed;
         if failed > 0 {
-            *snapshot.errored.entry(503).or_default() += failed;
+            *snapshot.errored.entry(FailureKind::Unavailable).or_default() += failed;
         }
         snapshot
     }

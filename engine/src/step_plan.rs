@@ -11,7 +11,7 @@ use siphasher::sip::SipHasher13;
 /// One step.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StepPlan {
-    /// Counts steps that ran, from 0.
+    /// Counts steps that were begun, from 0.
     pub step: u64,
     /// Tokens per block.
     pub block_size: u32,

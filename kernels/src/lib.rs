@@ -14,6 +14,7 @@
 //! Operations check the shapes of their arguments and panic on a mismatch: callers derive shapes from a validated
 //! configuration, so a mismatch is a bug. What comes from files or options is checked with a [`KernelError`].
 
+mod cache_folder;
 pub mod cgroup;
 pub mod comm;
 pub mod cpu;
@@ -26,6 +27,7 @@ pub mod sampling;
 #[doc(hidden)]
 pub mod stub;
 
+pub use cache_folder::cache_folder;
 pub use dtype::{Activations, AttentionPrecision, DType, Isa, KvDType, Matrix};
 pub use error::KernelError;
 

@@ -1,4 +1,4 @@
-// Stands in for NVML in tests: two GPUs, in another order than CUDA's. The second has no power meter.
+// Stands in for NVML in tests: two GPUs, in another order than CUDA's.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,9 +30,4 @@ int nvmlDeviceGetMemoryInfo_v2(uintptr_t device, Memory *memory) {
     memory->total = 1000 * device;
     memory->used = 400 * device;
     return OK;
-}
-int nvmlDeviceGetTemperature(uintptr_t device, int sensor, unsigned *celsius) { *celsius = 40 + device; return OK; }
-int nvmlDeviceGetPowerUsage(uintptr_t device, unsigned *milliwatts) {
-    *milliwatts = 350500;
-    return device == 2 ? NOT_SUPPORTED : OK;
 }

@@ -5,11 +5,13 @@
 //! are sampled from each tensor. Reading all weights would double the time to start. Paths, names and chat templates
 //! are no part of it: the same files under another name are the same model.
 
+use std::path::PathBuf;
+
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::json::read_bounded;
 use crate::tensor_table::TensorSpec;
-use crate::tokenizer_files::{GgufTokenizer, TokenizerFiles};
+use crate::tokenizer_files::{GgufTokenizer, HuggingFaceTokenizer, TokenizerFiles};
 use crate::weights::{RowOrder, WeightSource};
 use blake3::Hasher;
 
@@ -31,6 +33,8 @@ pub(crate) fn fingerprint(
         TokenizerFiles::Gguf(tokenizer) => gguf_tokenizer(&mut hasher, tokenizer),
         TokenizerFiles::HuggingFace(files) => {
             bytes(&mut hasher, &read_bounded(&files.tokenizer_json, MAX_TOKENIZER_BYTES)?);
+            let rest = HuggingFaceTokenizer { tokenizer_json: PathBuf::new(), ..files.clone() };
+            text(&mut hasher, &format!("{rest:?}"));
         }
     }
     for spec in specs {

@@ -118,11 +118,6 @@ impl ModelFiles {
         let fingerprint = fingerprint::fingerprint(&self.config, &self.tokenizer, &specs, &*weights)?;
         Ok(Self { summary, fingerprint, weights, ..self })
     }
-
-    /// The weights alone, when the rest is no longer needed.
-    pub fn into_weights(self) -> Box<dyn WeightSource> {
-        self.weights
-    }
 }
 
 /// What a reader of one kind of files found.

@@ -15,20 +15,8 @@ pub enum Phase {
     Ready,
     /// Asked to stop: what runs is finished, new work is refused soon.
     Draining,
-    /// Loading failed; the process is about to exit.
+    /// Loading failed or the engine has stopped; the process is about to exit.
     Failed,
-}
-
-impl Phase {
-    /// The phase's name in answers and logs.
-    pub fn name(self) -> &'static str {
-        match self {
-            Phase::Loading => "loading",
-            Phase::Ready => "ready",
-            Phase::Draining => "draining",
-            Phase::Failed => "failed",
-        }
-    }
 }
 
 /// The shared state. Clones are the same state.

@@ -20,11 +20,13 @@ const ARROWS: &[(&str, &[&str])] = &[
 const OWNERS: &[(&str, &str)] = &[
     ("axum", "tandem-server"),
     ("hyper", "tandem-server"),
+    ("tower-http", "tandem-server"),
     ("tokenizers", "tandem-server"),
     ("minijinja", "tandem-server"),
     ("clap", "tandem-server"),
     ("memmap2", "tandem-models"),
-    ("safetensors", "tandem-models"),
+    ("cudarc", "tandem-kernels"),
+    ("nvml-wrapper", "tandem-kernels"),
 ];
 
 /// Files outside `kernels/` that may lift the ban on `unsafe`.

@@ -65,7 +65,7 @@ fn the_server_of_the_manifest_computes_on_a_gpu() {
     with_gpu.extend(stand_in::environment(1, 4 << 30));
     let server = Server::spawn_with(&args, &with_gpu);
     server.wait_until_ready();
-    assert!(server.output().contains("backend   cuda"), "{}", server.output());
+    assert!(server.output().contains("\"backend\":\"cuda\""), "{}", server.output());
 
     let mut without = Server::spawn_with(&args, &environment(GPU, "0"));
     assert_eq!(without.wait(Duration::from_secs(30)).code(), Some(2), "{}", without.output());

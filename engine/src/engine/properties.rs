@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::EngineConfig;
 use crate::engine::{Bounds, Engine};
-use crate::error::SubmitError;
+use crate::error::{FailureKind, SubmitError};
 use crate::request::Request;
 use crate::sampling_params::SamplingParams;
 use crate::snapshot::Snapshot;
@@ -166,7 +166,7 @@ fn run(seed: u64, with_breaks: bool) -> Snapshot {
     clients.iter().for_each(|(client, _)| client.check(&oracle));
     assert_eq!(snapshot.group_breaks, faults.group.breaks.load(Ordering::Relaxed), "seed {seed}");
     assert_eq!(snapshot.stream_resumes, faults.group.resumes.load(Ordering::Relaxed), "seed {seed}");
-    assert!(!snapshot.errored.contains_key(&503), "seed {seed}: a break fails nobody");
+    assert!(!snapshot.errored.contains_key(&FailureKind::Unavailable), "seed {seed}: a break fails nobody");
     (*snapshot).clone()
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{Bounds, Engine, StepStatus};
 use crate::config::EngineConfig;
 use crate::environment::Clock;
-use crate::error::{InvalidParam, RequestFailure, SubmitError};
+use crate::error::{FailureKind, InvalidParam, RequestFailure, SubmitError};
 use crate::handle::EngineHandle;
 use crate::request::Request;
 use crate::stream::FinishReason;
@@ -221,10 +221,10 @@ fn a_bad_row_fails_its_own_request_and_leaves_nothing_in_the_cache() {
     bench.step();
     bench.faults.bad_token.store(0, Ordering::Relaxed);
     bench.finish(&mut [&mut bad, &mut good]);
-    assert!(matches!(&bad.outcome, Outcome::Failed(RequestFailure { code: 500, retryable: false, .. })));
+    assert!(matches!(&bad.outcome, Outcome::Failed(RequestFailure { kind: FailureKind::Internal, .. })));
     assert_eq!(good.outcome, Outcome::Completed);
     good.check(&PLAIN);
-    assert_eq!(bench.handle.snapshot().errored[&500], 1);
+    assert_eq!(bench.handle.snapshot().errored[&FailureKind::Internal], 1);
     assert!(bench.all_blocks_are_back());
     let mut again = bench.submit(request(1, 12, 20));
     bench.finish(&mut [&mut again]);
@@ -240,7 +240,7 @@ fn a_failed_step_fails_its_requests_and_the_engine_goes_on() {
     for client in &clients[..2] {
         assert!(matches!(
             &client.outcome,
-            Outcome::Failed(RequestFailure { code: 503, retryable: true, .. })
+            Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, .. })
         ));
         assert_eq!(client.num_tokens(), 2, "what was sent before stays sent");
         client.check(&PLAIN);
@@ -253,8 +253,11 @@ fn a_failed_step_fails_its_requests_and_the_engine_goes_on() {
     let mut queued = bench.submit(request(9, 10, 5));
     while bench.step() != StepStatus::Stopped {}
     queued.read();
-    assert!(matches!(&queued.outcome, Outcome::Failed(RequestFailure { code: 503, retryable: true, .. })));
-    assert_eq!(bench.handle.snapshot().errored[&503], 4);
+    assert!(matches!(
+        &queued.outcome,
+        Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, .. })
+    ));
+    assert_eq!(bench.handle.snapshot().errored[&FailureKind::Unavailable], 4);
 }
 
 #[test]

@@ -70,42 +70,46 @@ impl Compute<'_> {
         // KV blocks of the live epoch, once it has formed.
         let mut num_blocks = None;
         while let Some((epoch, job)) = self.next(jobs) {
-            let outcome = if self.aborts.is_over(epoch) {
-                Done::Aborted
-            } else {
-                match (job, num_blocks) {
-                    (Job::Form { num_blocks: wanted, members }, _) => {
-                        num_blocks = None;
-                        match self.form(epoch, wanted as usize, &members) {
-                            Ok(()) => {
-                                num_blocks = Some(wanted as usize);
-                                Done::Formed(Ok(()))
-                            }
-                            Err(ShardError::Failed(reason)) => Done::Formed(Err(reason)),
-                            Err(ShardError::Unfit(reason)) => Done::Unfit(reason),
-                        }
-                    }
-                    (Job::Step(step), Some(num_blocks)) => {
-                        let number = step.plan.step;
-                        match self.step(&step, num_blocks, &mut batch) {
-                            Ok(answer) => Done::Stepped { step: number, result: Ok(answer) },
-                            Err(ShardError::Failed(reason)) => {
-                                Done::Stepped { step: number, result: Err(reason) }
-                            }
-                            Err(ShardError::Unfit(reason)) => Done::Unfit(reason),
-                        }
-                    }
-                    (Job::Poison(blocks), Some(_)) => {
-                        self.device.fill_nan(&blocks);
-                        Done::Poisoned
-                    }
-                    // The agent hands out work of an epoch only after it has formed.
-                    (Job::Step(_) | Job::Poison(_), None) => Done::Aborted,
-                }
+            let outcome = match self.aborts.is_over(epoch) {
+                true => Ok(Done::Aborted),
+                false => self.perform(epoch, job, &mut num_blocks, &mut batch),
             };
-            let is_unfit = matches!(outcome, Done::Unfit(_));
-            let outcome = if self.aborts.is_over(epoch) && !is_unfit { Done::Aborted } else { outcome };
-            done(epoch, outcome);
+            done(
+                epoch,
+                match outcome {
+                    Err(reason) => Done::Unfit(reason),
+                    Ok(_) if self.aborts.is_over(epoch) => Done::Aborted,
+                    Ok(outcome) => outcome,
+                },
+            );
+        }
+    }
+
+    /// Does one job; `Err` says why this rank is not fit for any.
+    fn perform(
+        &mut self,
+        epoch: u64,
+        job: Job,
+        num_blocks: &mut Option<usize>,
+        batch: &mut ForwardBatch,
+    ) -> Result<Done, String> {
+        match (job, *num_blocks) {
+            (Job::Form { num_blocks: wanted, members }, _) => {
+                *num_blocks = None;
+                let formed = of_moment(self.form(epoch, wanted as usize, &members))?;
+                *num_blocks = formed.is_ok().then_some(wanted as usize);
+                Ok(Done::Formed(formed))
+            }
+            (Job::Step(step), Some(num_blocks)) => {
+                let result = of_moment(self.step(&step, num_blocks, batch))?;
+                Ok(Done::Stepped { step: step.plan.step, result })
+            }
+            (Job::Poison(blocks), Some(_)) => {
+                self.device.fill_nan(&blocks);
+                Ok(Done::Poisoned)
+            }
+            // The agent hands out work of an epoch only after it has formed.
+            (Job::Step(_) | Job::Poison(_), None) => Ok(Done::Aborted),
         }
     }
 
@@ -213,5 +217,14 @@ mod faults {
                 thread::sleep(Duration::from_secs(1));
             }
         }
+    }
+}
+
+/// A result that the group is told of; `Err` if the rank is not fit for any other.
+fn of_moment<T>(result: Result<T, ShardError>) -> Result<Result<T, String>, String> {
+    match result {
+        Ok(value) => Ok(Ok(value)),
+        Err(ShardError::Failed(reason)) => Ok(Err(reason)),
+        Err(ShardError::Unfit(reason)) => Err(reason),
     }
 }

@@ -303,8 +303,7 @@ impl GroupExecutor {
 impl Executor for GroupExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
         let deadline = self.pace.deadline(plan.num_tokens());
-        let (kind, first) = encode_step(plan, rows);
-        let (_, others) = encode_step(plan, &[]);
+        let (kind, [first, others]) = encode_step(plan, rows);
         if first.len() > MAX_MESSAGE {
             let message = format!(
                 "a step of {} bytes is more than ranks take, {MAX_MESSAGE}: fewer requests with long lists of tokens at once",

@@ -66,7 +66,7 @@ impl Mesh {
                 }
             }
             Arrival::Rejected { host, reason } => {
-                // Anybody can make it happen as often as he likes; what goes wrong between ranks, the leader says.
+                // Anyone can trigger this at will, so it is no warning; failures between ranks are the leader's to report.
                 tracing::debug!(host, reason, "a connection to a rank was rejected");
             }
         };

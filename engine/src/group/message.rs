@@ -236,10 +236,8 @@ impl ToRank {
                 3
             }
             Self::Step(step) => {
-                encode_plan(&step.plan, &mut out);
-                out.u64(step.digest);
                 let rows: Vec<SampleRow<'_>> = step.rows.iter().map(OwnedRow::borrow).collect();
-                encode_rows(&rows, &mut out);
+                put_step(&step.plan, step.digest, &rows, &mut out);
                 STEP_KIND
             }
             Self::Poison { blocks } => {
@@ -293,13 +291,22 @@ impl ToRank {
 
 const STEP_KIND: u8 = 4;
 
-/// Kind and payload of [`ToRank::Step`], without the copies that its owned form would take.
-pub(crate) fn encode_step(plan: &StepPlan, rows: &[SampleRow<'_>]) -> (u8, Vec<u8>) {
-    let mut out = Encoder::new();
-    encode_plan(plan, &mut out);
-    out.u64(plan.digest());
-    encode_rows(rows, &mut out);
-    (STEP_KIND, out.into_bytes())
+/// Kind of [`ToRank::Step`], and its payloads for the rank that draws and for the others, which get no rows; without the copies
+/// that its owned form would take.
+pub(crate) fn encode_step(plan: &StepPlan, rows: &[SampleRow<'_>]) -> (u8, [Vec<u8>; 2]) {
+    let digest = plan.digest();
+    let payload = |rows: &[SampleRow<'_>]| {
+        let mut out = Encoder::new();
+        put_step(plan, digest, rows, &mut out);
+        out.into_bytes()
+    };
+    (STEP_KIND, [payload(rows), payload(&[])])
+}
+
+fn put_step(plan: &StepPlan, digest: u64, rows: &[SampleRow<'_>], out: &mut Encoder) {
+    encode_plan(plan, out);
+    out.u64(digest);
+    encode_rows(rows, out);
 }
 
 impl Phase {
@@ -448,7 +455,10 @@ mod tests {
         let rows = some_rows();
         let borrowed: Vec<SampleRow<'_>> = rows.iter().map(OwnedRow::borrow).collect();
         let step = ToRank::Step(Box::new(Step { plan: plan(), digest: plan().digest(), rows: some_rows() }));
-        assert_eq!(encode_step(&plan(), &borrowed), step.encode());
+        let (kind, [first, others]) = encode_step(&plan(), &borrowed);
+        assert_eq!((kind, first), step.encode());
+        let (_, [same, _]) = encode_step(&plan(), &[]);
+        assert_eq!(others, same);
     }
 
     /// Cut short, prolonged or changed, a message is an error or another message, never a panic.

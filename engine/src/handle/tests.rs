@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::{EngineHandle, EngineState, spawn_with};
 use crate::config::EngineConfig;
 use crate::environment::Environment;
-use crate::error::SubmitError;
+use crate::error::{FailureKind, SubmitError};
 use crate::stream::{Event, RequestStream};
 use crate::testing::{FakeExecutor, Faults, Moment, config, request};
 
@@ -32,9 +32,9 @@ fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-fn failure_code(events: &[Event]) -> Option<u16> {
+fn failure_kind(events: &[Event]) -> Option<FailureKind> {
     match events.last() {
-        Some(Event::Failed(failure)) => Some(failure.code),
+        Some(Event::Failed(failure)) => Some(failure.kind),
         _ => None,
     }
 }
@@ -126,18 +126,18 @@ fn readers_whose_wakes_are_carried_read_everything() {
 }
 
 #[test]
-fn a_panic_ends_every_stream_with_a_500() {
+fn a_panic_ends_every_stream() {
     let (handle, faults) = start(EngineConfig { max_num_seqs: 1, ..config() });
     faults.panic_at.store(5, Ordering::Relaxed);
     let streams: Vec<_> = (0..3).map(|i| handle.submit(request(i, 10, 50)).unwrap()).collect();
     for stream in streams {
-        assert_eq!(failure_code(&read_to_end(stream)), Some(500));
+        assert_eq!(failure_kind(&read_to_end(stream)), Some(FailureKind::Internal));
     }
     wait_until("the thread ends", || handle.state() == EngineState::Failed);
     assert_eq!(handle.submit(request(0, 10, 5)).err(), Some(SubmitError::Stopped));
     let snapshot = handle.snapshot();
     assert!(snapshot.is_balanced());
-    assert_eq!((snapshot.errored[&500], snapshot.in_flight), (3, 0));
+    assert_eq!((snapshot.errored[&FailureKind::Internal], snapshot.in_flight), (3, 0));
     handle.shutdown();
 }
 
@@ -205,7 +205,7 @@ fn a_fatal_executor_stops_the_engine() {
     faults.fail_every.store(2, Ordering::Relaxed);
     faults.fail_fatally.store(true, Ordering::Relaxed);
     let stream = handle.submit(request(1, 10, 20)).unwrap();
-    assert_eq!(failure_code(&read_to_end(stream)), Some(503));
+    assert_eq!(failure_kind(&read_to_end(stream)), Some(FailureKind::Unavailable));
     wait_until("the thread ends", || handle.state() == EngineState::Stopped);
 }
 

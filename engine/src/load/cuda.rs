@@ -81,10 +81,8 @@ pub(super) fn choose(options: &ModelOptions) -> Result<Option<ChosenDevice>, Loa
         None if options.fp8_weights => refuse("quantization", "weights"),
         None if options.fp8_kv_cache => refuse("kv-cache-dtype", "keys and values"),
         Some(device) if options.fp8_weights && device.info.capability < (8, 9) => {
-            refuse("quantization", "weights").map_err(|_| LoadError::Option {
-                option: "quantization",
-                reason: format!("{} multiplies no fp8; it takes compute capability 8.9", device.info.name),
-            })
+            let reason = format!("{} multiplies no fp8; it takes compute capability 8.9", device.info.name);
+            Err(LoadError::Option { option: "quantization", reason })
         }
         _ => Ok(chosen),
     }

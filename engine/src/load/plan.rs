@@ -21,7 +21,7 @@ pub struct EnginePlan {
     pub kv_bytes: u64,
     /// Tokens that the KV pool holds.
     pub kv_tokens: usize,
-    pub kv_dtype: KvLayout,
+    pub kv_layout: KvLayout,
     /// Arithmetic class that is asked for.
     pub activations: Activations,
     /// What was lowered and why, one sentence each.
@@ -32,11 +32,11 @@ pub struct EnginePlan {
 /// less free memory than its predecessor found, still has room for what the group has agreed on.
 pub(super) fn capacity(
     config: &ModelConfig,
-    kv_dtype: KvLayout,
+    kv_layout: KvLayout,
     options: &EngineOptions,
     free_bytes: u64,
 ) -> u64 {
-    let block_bytes = kv_dtype.bytes_per_block(config);
+    let block_bytes = kv_layout.bytes_per_block(config);
     let room = free_bytes / 10 * 9;
     options.kv_cache_memory_bytes.map_or(room, |given| given.min(free_bytes)) / block_bytes
 }
@@ -65,7 +65,7 @@ impl Room {
 pub(super) fn plan(
     config: &ModelConfig,
     activations: Activations,
-    kv_dtype: KvLayout,
+    kv_layout: KvLayout,
     options: &EngineOptions,
     Room { free_bytes, default_kv_bytes }: Room,
 ) -> Result<EnginePlan, LoadError> {
@@ -95,7 +95,7 @@ pub(super) fn plan(
         );
     }
 
-    let block_bytes = kv_dtype.bytes_per_block(config);
+    let block_bytes = kv_layout.bytes_per_block(config);
     let blocks_per_sequence = wanted_len.div_ceil(BLOCK_SIZE);
     let most_useful = (blocks_per_sequence as u64).saturating_mul(options.max_num_seqs as u64);
     let budget = options.kv_cache_memory_bytes.unwrap_or(default_kv_bytes);
@@ -136,7 +136,7 @@ pub(super) fn plan(
         block_size: BLOCK_SIZE,
         kv_bytes,
         kv_tokens,
-        kv_dtype,
+        kv_layout,
         activations,
         notes,
     })

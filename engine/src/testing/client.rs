@@ -5,7 +5,7 @@ use std::task::{Context, Poll, Waker};
 
 use super::fake_executor::logprobs;
 use super::oracle::{Ending, Oracle};
-use crate::error::RequestFailure;
+use crate::error::{FailureKind, RequestFailure};
 use crate::handle::EngineHandle;
 use crate::request::Request;
 use crate::stream::{Event, FinishReason, RequestStream, TokenLogprobs};
@@ -151,7 +151,7 @@ impl Client {
         }
         let any_bad = expected.iter().any(|(_, ending)| *ending == Ending::Bad);
         if let Outcome::Failed(failure) = &self.outcome
-            && failure.code == 500
+            && failure.kind == FailureKind::Internal
         {
             assert!(
                 any_bad || self.request.prompt_logprobs.is_some(),

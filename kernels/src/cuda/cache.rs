@@ -7,7 +7,6 @@
 //!
 //! The directory is trusted like the program: who may write there may run code on the GPU.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -71,7 +70,7 @@ impl KernelCache {
     /// `kernels` in `TANDEM_CACHE_DIR`, else in `$XDG_CACHE_HOME/tandem`, else in `~/.cache/tandem`; without any of these, no
     /// directory.
     pub fn from_env() -> Self {
-        Self { dir: default_dir(|name| std::env::var_os(name)).map(|dir| dir.join("kernels")) }
+        Self { dir: crate::cache_folder().map(|dir| dir.join("kernels")) }
     }
 
     /// This directory; made when something is written.
@@ -106,13 +105,6 @@ impl KernelCache {
         };
         Ok((image, origin))
     }
-}
-
-fn default_dir(var: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
-    let dir = |name| var(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    dir("TANDEM_CACHE_DIR")
-        .or_else(|| dir("XDG_CACHE_HOME").map(|dir| dir.join("tandem")))
-        .or_else(|| dir("HOME").map(|dir| dir.join(".cache").join("tandem")))
 }
 
 /// The image in the file, if that is whole and of this key.

@@ -20,8 +20,6 @@ pub struct GpuSample {
     /// Memory in use by all processes.
     pub used_bytes: Option<u64>,
     pub total_bytes: Option<u64>,
-    pub celsius: Option<u32>,
-    pub watts: Option<f64>,
 }
 
 impl GpuWatch {
@@ -50,15 +48,12 @@ impl GpuWatch {
 
     /// Takes tens of microseconds; from any thread.
     pub fn sample(&self) -> GpuSample {
-        use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
         let Ok(device) = self.nvml.device_by_index(self.index) else { return GpuSample::default() };
         let memory = device.memory_info().ok();
         GpuSample {
             utilization: device.utilization_rates().ok().map(|rates| f64::from(rates.gpu) / 100.0),
             used_bytes: memory.as_ref().map(|memory| memory.used),
             total_bytes: memory.as_ref().map(|memory| memory.total),
-            celsius: device.temperature(TemperatureSensor::Gpu).ok(),
-            watts: device.power_usage().ok().map(|milliwatts| f64::from(milliwatts) / 1000.0),
         }
     }
 }
@@ -103,16 +98,11 @@ mod tests {
                 GpuWatch::open(&device("GPU-01010101-0101-0101-0101-010101010101", "ffff:ff:1f.7")).unwrap();
             let sample = watch.sample();
             // What it does not know is left out.
-            let expected = GpuSample {
-                utilization: Some(0.5),
-                used_bytes: Some(800),
-                total_bytes: Some(2000),
-                celsius: Some(42),
-                watts: None,
-            };
+            let expected =
+                GpuSample { utilization: Some(0.5), used_bytes: Some(800), total_bytes: Some(2000) };
             assert_eq!(sample, expected);
             let by_bus = GpuWatch::open(&device("GPU-8", "0000:01:00.0")).unwrap();
-            assert_eq!(by_bus.sample().watts, Some(350.5));
+            assert_eq!(by_bus.sample().total_bytes, Some(1000));
             let reason = GpuWatch::open(&device("GPU-9", "0000:09:00.0")).unwrap_err();
             assert!(reason.starts_with("NVML does not know GPU 0 some GPU (8.0): "), "{reason}");
         });

@@ -40,7 +40,7 @@ pub(super) fn text(
             ranks => format!("{ranks} ranks with {} threads each", backend.threads),
         },
         activations = backend.activations.name(),
-        kv = plan.kv_dtype.name(),
+        kv = plan.kv_layout.name(),
         tokens = grouped(plan.kv_tokens as u64),
         kv_size = bytes(plan.kv_bytes),
         length = grouped(plan.max_model_len as u64),

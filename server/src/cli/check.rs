@@ -107,7 +107,7 @@ fn model(config: &ServeConfig, inspected: &Inspected, findings: &mut Findings) {
             grouped(plan.kv_tokens as u64),
             grouped(plan.num_blocks as u64),
             bytes(plan.kv_bytes),
-            plan.kv_dtype.name(),
+            plan.kv_layout.name(),
             plan.kv_tokens / plan.max_model_len.max(1),
             grouped(plan.max_model_len as u64),
         ),

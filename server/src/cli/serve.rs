@@ -95,6 +95,7 @@ async fn run(
         }
     };
     let text = banner::text(&config, &running, api_address, metrics_address, started.elapsed());
+    let (backend, kv_tokens) = (running.backend.clone(), running.plan.kv_tokens);
     let engine = running.engine.clone();
     tokio::spawn(engine.carry_wakes());
     state.install(serving(running));
@@ -105,11 +106,21 @@ async fn run(
             sandbox.warm_up().await;
         }
     });
-    // Beside a log for programs it would be text among JSON.
+    // Beside a log for programs it would be text among JSON; they get the same as fields.
     if config.common.log_format == LogFormat::Text {
         terminal::print(&text);
     }
-    tracing::info!(seconds = started.elapsed().as_secs_f64(), api = %api_address, "ready");
+    tracing::info!(
+        seconds = started.elapsed().as_secs_f64(),
+        api = %api_address,
+        backend = backend.backend,
+        isa = backend.isa,
+        device = backend.device,
+        ranks = backend.ranks,
+        threads = backend.threads,
+        kv_tokens,
+        "ready"
+    );
 
     let cause = tokio::select! {
         cause = signals.next() => Some(cause),
@@ -245,7 +256,6 @@ fn listener(listener: TcpListener) -> Result<tokio::net::TcpListener, Exit> {
 fn serving(running: Running) -> Serving {
     Serving {
         engine: running.engine,
-        model: running.info,
         tokenizer: running.tokenizer,
         sandbox: running.template.as_deref().map(super::sandbox::of),
         template: running.template,

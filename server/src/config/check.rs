@@ -45,7 +45,7 @@ pub struct CommonConfig {
     pub isa: Isa,
     /// Threads that compute; `None`: as the machine has.
     pub threads: Option<usize>,
-    /// Seed of random weights, of the answers of `run` and of the prompts of `bench`.
+    /// Seed of random weights, of the answers of `run`, of the prompts of `bench`, and of the seeds that `serve` gives to requests.
     pub seed: Option<u64>,
     /// Text of the chat template that replaces the model's.
     pub chat_template: Option<String>,
@@ -394,7 +394,7 @@ fn looks_like_model(argument: &str) -> bool {
 
 /// The default model, where the cache folder has it.
 fn default_model() -> Result<PathBuf, ConfigError> {
-    let path = cache_folder().map(|folder| folder.join(DEFAULT_MODEL));
+    let path = tandem_engine::cache_folder().map(|folder| folder.join(DEFAULT_MODEL));
     path.filter(|path| path.exists()).ok_or_else(|| {
         ConfigError::new(
             Origin::CommandLine,
@@ -402,14 +402,6 @@ fn default_model() -> Result<PathBuf, ConfigError> {
              default one",
         )
     })
-}
-
-/// `TANDEM_CACHE_DIR`, else `tandem` in the user's cache folder.
-fn cache_folder() -> Option<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    variable("TANDEM_CACHE_DIR")
-        .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("tandem")))
-        .or_else(|| variable("HOME").map(|home| home.join(".cache/tandem")))
 }
 
 pub(super) fn refuse(origins: &Origins, flag: &str, message: impl Into<String>) -> ConfigError {

@@ -294,7 +294,7 @@ mod tests {
                 ];
                 for params in parsed {
                     match params {
-                        Ok(params) => prop_assert!(params.sampling.validate(rules().vocab_size).is_ok(), "{params:?}"),
+                        Ok(params) => prop_assert!(params.sampling.validate(rules().vocab_size, &[]).is_ok(), "{params:?}"),
                         Err(error) => prop_assert_eq!(error.status(), 400),
                     }
                 }

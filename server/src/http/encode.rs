@@ -164,7 +164,7 @@ async fn run<T: Send + 'static>(
         Failure::Text(error, param) if error.is_client_error() => ApiError::invalid(param, error.to_string()),
         Failure::Text(error @ TextError::TemplateTime { .. }, _) => {
             tracing::warn!(request_id, %error);
-            ApiError::Interrupted { message: error.to_string(), retryable: true }
+            ApiError::Interrupted { message: error.to_string() }
         }
         Failure::Text(error, _) => ApiError::internal(request_id, &error),
     })

@@ -1,4 +1,4 @@
-//! What a client is told when something goes wrong: the only file that chooses status codes.
+//! What a client is told when something goes wrong: the only file that chooses the status codes of answers to requests.
 //!
 //! The body is OpenAI's, `{"error":{"message","type","param","code"}}`, with vLLM's type names and the status code
 //! as `code`. What the client reads and what the log says are two things: a 500 carries the request's id and
@@ -7,7 +7,7 @@
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use tandem_engine::{InvalidParam, RequestFailure, SubmitError};
+use tandem_engine::{FailureKind, InvalidParam, RequestFailure, SubmitError};
 
 use super::limits;
 
@@ -53,10 +53,10 @@ pub(super) enum ApiError {
     NotReady(&'static str),
     /// 503 after the request was admitted, for example during a drain.
     #[error("{message}")]
-    Interrupted { message: String, retryable: bool },
+    Interrupted { message: String },
     /// 500; `id` is the request's id, under which the log has the cause.
     #[error("internal error, id {id}")]
-    Internal { id: String, retryable: bool },
+    Internal { id: String },
 }
 
 impl ApiError {
@@ -79,7 +79,7 @@ impl ApiError {
     /// A 500 whose cause goes to the log under the request's id.
     pub(super) fn internal(id: &str, cause: &dyn std::fmt::Display) -> Self {
         tracing::error!(request_id = id, %cause, "internal error");
-        Self::Internal { id: id.to_owned(), retryable: false }
+        Self::Internal { id: id.to_owned() }
     }
 
     /// The engine's refusal of a request.
@@ -98,11 +98,13 @@ impl ApiError {
 
     /// The engine's failure of an admitted request.
     pub(super) fn from_failure(failure: RequestFailure, id: &str) -> Self {
-        if failure.code == 503 {
-            return Self::Interrupted { message: failure.message, retryable: failure.retryable };
+        match failure.kind {
+            FailureKind::Unavailable => Self::Interrupted { message: failure.message },
+            FailureKind::Internal => {
+                tracing::error!(request_id = id, cause = failure.message, "request failed");
+                Self::Internal { id: id.to_owned() }
+            }
         }
-        tracing::error!(request_id = id, cause = failure.message, "request failed");
-        Self::Internal { id: id.to_owned(), retryable: failure.retryable }
     }
 
     /// The HTTP status of this error.
@@ -125,11 +127,7 @@ impl ApiError {
 
     /// Whether the same request may succeed when it is sent again.
     pub(super) fn retryable(&self) -> bool {
-        match self {
-            Self::Overloaded | Self::NotReady(_) | Self::BodyTimeout => true,
-            Self::Interrupted { retryable, .. } | Self::Internal { retryable, .. } => *retryable,
-            _ => false,
-        }
+        matches!(self, Self::Overloaded | Self::NotReady(_) | Self::Interrupted { .. } | Self::BodyTimeout)
     }
 
     /// The JSON body.
@@ -181,6 +179,14 @@ impl ApiError {
             Self::NotReady(_) => Some(limits::RETRY_AFTER_NOT_READY_S),
             _ => None,
         }
+    }
+}
+
+/// The status under which a failed request is counted.
+pub(super) fn status_of(kind: FailureKind) -> StatusCode {
+    match kind {
+        FailureKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        FailureKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
     }
 }
 
@@ -253,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_500_has_an_id_and_no_cause() {
-        let failure = RequestFailure { code: 500, message: "pointer 0xdead".into(), retryable: false };
+        let failure = RequestFailure { kind: FailureKind::Internal, message: "pointer 0xdead".into() };
         let text = serde_json::to_string(&ApiError::from_failure(failure, "req-7").body()).unwrap();
         assert!(text.contains("req-7") && !text.contains("0xdead"), "{text}");
     }

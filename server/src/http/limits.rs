@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use crate::text;
+
 /// Largest request body, in bytes.
 pub const MAX_BODY_BYTES: usize = 2 * 1024 * 1024;
 /// Largest memory of all request bodies together that the engine has not taken yet, in bytes.
@@ -29,9 +31,9 @@ pub const MAX_MESSAGES: usize = 1024;
 /// Largest number of prompts in one completion request.
 pub const MAX_PROMPTS: usize = 128;
 /// Largest number of stop strings.
-pub const MAX_STOP_STRINGS: usize = 4;
+pub const MAX_STOP_STRINGS: usize = text::MAX_STOPS;
 /// Longest stop string, in bytes.
-pub const MAX_STOP_BYTES: usize = 64;
+pub const MAX_STOP_BYTES: usize = text::MAX_STOP_BYTES;
 /// Largest number of `logit_bias` entries, and of `stop_token_ids`.
 pub const MAX_LOGIT_BIAS: usize = 1024;
 /// Largest number of choices for one prompt.

@@ -9,8 +9,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::IntoResponse;
-use tandem_engine::{EngineState, Snapshot};
+use tandem_engine::{EngineState, FailureKind, Snapshot};
 
+use super::errors::status_of;
 use super::exposition::{Exposition, Kind, Number};
 use super::gpus::GpuGauges;
 use super::process::rss_bytes;
@@ -84,15 +85,13 @@ fn write_requests(s: &Snapshot, page: &mut Exposition) {
     let help = "Requests answered to their end, by what ended them.";
     page.many(Counter, "llm_requests_completed_total", help, &completed);
 
-    // The two codes that exist are always there, so that a rate over them starts at zero.
-    let mut codes = s.errored.clone();
-    codes.entry(500).or_default();
-    codes.entry(503).or_default();
-    let codes: Vec<(String, Number)> =
-        codes.into_iter().map(|(code, count)| (code.to_string(), count.into())).collect();
-    let labels: Vec<[(&str, &str); 1]> = codes.iter().map(|(code, _)| [("code", code.as_str())]).collect();
-    let errored: Vec<(&[(&str, &str)], Number)> =
-        labels.iter().zip(&codes).map(|(label, (_, count))| (label.as_slice(), *count)).collect();
+    // Both are always there, so that a rate over them starts at zero.
+    let kinds = [FailureKind::Internal, FailureKind::Unavailable];
+    let codes = kinds.map(status_of);
+    let labels = [0, 1].map(|kind: usize| [("code", codes[kind].as_str())]);
+    let count = |kind| s.errored.get(&kind).copied().unwrap_or(0);
+    let errored: [(&[(&str, &str)], Number); 2] =
+        [0, 1].map(|kind| (labels[kind].as_slice(), count(kinds[kind]).into()));
     page.many(Counter, "llm_requests_errored_total", "Requests failed, by status code.", &errored);
     let help = "Requests whose client left before the end.";
     page.one(Counter, "llm_requests_cancelled_total", help, s.cancelled);
@@ -124,7 +123,12 @@ fn write_latencies(s: &Snapshot, page: &mut Exposition) {
 
 fn write_resources(s: &Snapshot, page: &mut Exposition) {
     use Kind::{Counter, Gauge};
-    page.one(Gauge, "llm_prefill_queue_depth", "Requests waiting for their first step.", s.waiting);
+    page.one(
+        Gauge,
+        "llm_prefill_queue_depth",
+        "Requests that wait to run, preempted ones among them.",
+        s.waiting,
+    );
     page.one(Gauge, "llm_kv_cache_usage_ratio", "KV blocks in use over all.", s.kv_cache_usage);
     let blocks: [(&[(&str, &str)], Number); 3] = [
         (&[("state", "free")], (s.free_blocks as u64).into()),

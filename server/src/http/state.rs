@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tandem_engine::{EngineHandle, GenerationConfig, ModelInfo};
+use tandem_engine::{EngineHandle, GenerationConfig};
 
 use super::body::BodyMemory;
 use super::errors::ApiError;
@@ -37,7 +37,6 @@ pub struct AppState {
 /// A loaded model.
 pub struct Serving {
     pub engine: EngineHandle,
-    pub model: ModelInfo,
     /// None: token ids only.
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub template: Option<Arc<ChatTemplate>>,

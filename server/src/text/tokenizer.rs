@@ -175,16 +175,6 @@ impl Tokenizer {
         self.parts.vocab_size
     }
 
-    /// Ids that end a text, as the tokenizer's files say; the model's configuration may name more.
-    pub fn eos_ids(&self) -> &[u32] {
-        self.parts.eos.as_slice()
-    }
-
-    /// The id that begins a text, if there is one.
-    pub fn bos_id(&self) -> Option<u32> {
-        self.parts.bos
-    }
-
     /// A decoder for one stream of ids.
     pub fn detokenizer(self: &Arc<Self>, skip_special: bool) -> Detokenizer {
         Detokenizer::new(Arc::clone(self), skip_special)

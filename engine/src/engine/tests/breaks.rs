@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Bench, PLAIN, with_n};
 use crate::config::EngineConfig;
 use crate::engine::StepStatus;
-use crate::error::{RequestFailure, SubmitError};
+use crate::error::{FailureKind, RequestFailure, SubmitError};
 use crate::request::Request;
 use crate::stream::FinishReason;
 use crate::testing::{Client, Moment, Outcome, config, request};
@@ -215,7 +215,8 @@ fn who_waits_too_long_ends_with_a_retryable_failure_and_the_engine_waits_on() {
     bench.step();
     for client in [&mut running, &mut queued] {
         client.read();
-        let Outcome::Failed(RequestFailure { code: 503, retryable: true, message }) = &client.outcome else {
+        let Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, message }) = &client.outcome
+        else {
             panic!("{:?}", client.outcome);
         };
         assert!(message.contains("within 5 s"), "{message}");
@@ -223,7 +224,7 @@ fn who_waits_too_long_ends_with_a_retryable_failure_and_the_engine_waits_on() {
     }
     assert_eq!(running.num_tokens(), 3, "what was sent before stays sent");
     let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.errored[&503], snapshot.in_flight), (2, 1));
+    assert_eq!((snapshot.errored[&FailureKind::Unavailable], snapshot.in_flight), (2, 1));
 
     // An outage that is over does not count for the next.
     bench.heal();
@@ -246,11 +247,17 @@ fn who_waits_too_long_ends_with_a_retryable_failure_and_the_engine_waits_on() {
     bench.step();
     for client in [&mut late, &mut later, &mut latest] {
         client.read();
-        assert!(matches!(&client.outcome, Outcome::Failed(RequestFailure { code: 503, .. })));
+        assert!(matches!(
+            &client.outcome,
+            Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, .. })
+        ));
         client.check(&PLAIN);
     }
     let snapshot = bench.handle.snapshot();
-    assert_eq!((snapshot.errored[&503], snapshot.in_flight, snapshot.stream_resumes), (5, 0, 1));
+    assert_eq!(
+        (snapshot.errored[&FailureKind::Unavailable], snapshot.in_flight, snapshot.stream_resumes),
+        (5, 0, 1)
+    );
 }
 
 #[test]
@@ -278,7 +285,10 @@ fn a_group_that_breaks_again_before_a_step_is_one_wait() {
         bench.step();
     }
     client.read();
-    assert!(matches!(&client.outcome, Outcome::Failed(RequestFailure { code: 503, .. })));
+    assert!(matches!(
+        &client.outcome,
+        Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, .. })
+    ));
     client.check(&PLAIN);
     assert_eq!(bench.handle.snapshot().stream_resumes, 1);
 }
@@ -309,7 +319,7 @@ fn a_request_that_breaks_every_group_is_not_tried_without_end() {
         assert!(breaks <= 4, "it is tried again and again");
     }
     assert_eq!(breaks, 3, "5 s after the first break");
-    assert!(matches!(&bad.outcome, Outcome::Failed(RequestFailure { code: 503, .. })));
+    assert!(matches!(&bad.outcome, Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, .. })));
     running.read();
     assert!(running.is_open(), "it got further between the breaks");
     bench.finish(&mut [&mut running]);
@@ -351,7 +361,7 @@ fn a_step_that_breaks_after_a_wait_does_not_begin_it_anew() {
     bench.step();
     client.read();
     assert!(
-        matches!(&client.outcome, Outcome::Failed(RequestFailure { code: 503, .. })),
+        matches!(&client.outcome, Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, .. })),
         "{:?}",
         client.outcome
     );
@@ -405,7 +415,7 @@ fn a_drain_without_a_group_keeps_only_streams_that_have_begun() {
     bench.step();
     [&mut running, &mut queued].into_iter().for_each(|client| client.read());
     assert!(running.is_open());
-    let Outcome::Failed(RequestFailure { code: 503, retryable: true, message }) = &queued.outcome else {
+    let Outcome::Failed(RequestFailure { kind: FailureKind::Unavailable, message }) = &queued.outcome else {
         panic!("{:?}", queued.outcome);
     };
     assert!(message.contains("shutting down"), "{message}");

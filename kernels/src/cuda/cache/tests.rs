@@ -1,4 +1,3 @@
-use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::Barrier;
@@ -183,20 +182,4 @@ fn a_reader_never_sees_half_of_a_file() {
             reads += 1;
         }
     });
-}
-
-#[test]
-fn the_folder_comes_from_the_environment() {
-    let dir = |vars: &[(&str, &str)]| {
-        let asked = Cell::new(0);
-        default_dir(|name| {
-            asked.set(asked.get() + 1);
-            vars.iter().find(|(var, _)| *var == name).map(|(_, value)| value.into())
-        })
-    };
-    let home = ("HOME", "/h");
-    assert_eq!(dir(&[("TANDEM_CACHE_DIR", "/t"), ("XDG_CACHE_HOME", "/x"), home]), Some("/t".into()));
-    assert_eq!(dir(&[("TANDEM_CACHE_DIR", ""), ("XDG_CACHE_HOME", "/x"), home]), Some("/x/tandem".into()));
-    assert_eq!(dir(&[home]), Some("/h/.cache/tandem".into()));
-    assert_eq!(dir(&[]), None);
 }

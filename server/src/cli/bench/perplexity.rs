@@ -187,7 +187,7 @@ impl Report {
             isa: running.backend.isa,
             threads: running.backend.threads,
             activations: running.backend.activations.name(),
-            kv_cache_dtype: running.plan.kv_dtype.name(),
+            kv_cache_dtype: running.plan.kv_layout.name(),
             file: wanted.file.display().to_string(),
             context: wanted.context,
             windows,

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tandem_engine::{
-    EngineConfig, Executor, ExecutorError, ExecutorStatus, GenerationConfig, ModelInfo, RowError, RowKind,
-    SampleRow, SampledToken, StepOutput, StepPlan, TokenLogprobs,
+    EngineConfig, Executor, ExecutorError, ExecutorStatus, GenerationConfig, RowError, RowKind, SampleRow,
+    SampledToken, StepOutput, StepPlan, TokenLogprobs,
 };
 
 use crate::config::{self, ServeConfig};
@@ -114,8 +114,7 @@ pub(super) fn serving(config: EngineConfig, with_text: bool) -> (Serving, Arc<Kn
     let template =
         tokenizer.clone().map(|tokenizer| Arc::new(ChatTemplate::new(TEMPLATE, tokenizer).unwrap()));
     let generation = GenerationConfig::default();
-    let serving =
-        Serving { engine, model: model(), tokenizer, template, sandbox: None, generation, gpus: None };
+    let serving = Serving { engine, tokenizer, template, sandbox: None, generation, gpus: None };
     (serving, knobs)
 }
 
@@ -151,24 +150,4 @@ fn tokenizer() -> Tokenizer {
         ..GgufTokenizer::default()
     };
     Tokenizer::from_gguf(&vocabulary).unwrap()
-}
-
-fn model() -> ModelInfo {
-    ModelInfo {
-        name: "toy".into(),
-        architecture: "toy".into(),
-        weights: "F32".into(),
-        num_parameters: 1,
-        file_bytes: 4,
-        vocab_size: VOCAB,
-        max_position_embeddings: CONTEXT,
-        num_layers: 1,
-        hidden_size: 1,
-        num_heads: 1,
-        num_kv_heads: 1,
-        head_dim: 1,
-        bos_token_id: Some(START),
-        eos_token_ids: vec![END],
-        fingerprint: [7; 16],
-    }
 }
