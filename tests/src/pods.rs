@@ -106,7 +106,7 @@ impl Pods {
 
     /// The process id of the rank in a pod.
     pub fn rank_of(&self, ordinal: usize) -> u32 {
-        let mut ranks = children(self.pod(ordinal).id());
+        let mut ranks = rank_processes(self.pod(ordinal).id());
         assert_eq!(ranks.len(), 1, "one rank in a pod; it said:\n{}", self.pod(ordinal).output());
         ranks.remove(0)
     }
@@ -114,7 +114,7 @@ impl Pods {
     /// Removes a pod at once, as the loss of a machine does: its processes are killed.
     pub fn kill_pod(&mut self, ordinal: usize) {
         let pod = self.pods[ordinal].take().expect("the pod runs");
-        let ranks = children(pod.id());
+        let ranks = rank_processes(pod.id());
         // The parent first: its rank must not be restarted.
         drop(pod);
         ranks.into_iter().for_each(|rank| kill("KILL", rank));
@@ -140,14 +140,18 @@ impl Drop for Pods {
     }
 }
 
-/// Processes that this one started.
-pub fn children(pid: u32) -> Vec<u32> {
+/// The ranks that a pod's process started; what renders its chat templates is none.
+pub fn rank_processes(pid: u32) -> Vec<u32> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let of_thread = |thread: std::fs::DirEntry| {
         let text = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
         text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>()
     };
-    threads.flat_map(of_thread).collect()
+    let is_rank = |pid: &u32| {
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.split(|byte| *byte == 0).nth(1) == Some(b"rank")
+    };
+    threads.flat_map(of_thread).filter(is_rank).collect()
 }
 
 /// Sends a signal; the process may be gone.

@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tandem_tests::golden_path;
-use tandem_tests::pods::{children, kill, replace_flags, stream};
+use tandem_tests::pods::{kill, rank_processes, replace_flags, stream};
 use tandem_tests::server::{Server, binary};
 use tandem_tests::stand_in;
 
@@ -437,7 +437,7 @@ fn heal(group: &Server) {
         "prompt": prompt(3, 20), "max_tokens": 60, "temperature": 0, "ignore_eos": true, "stream": true, "logprobs": 1,
     });
     let undisturbed = stream(group.port, &body, |_| ());
-    let ranks = children(group.id());
+    let ranks = rank_processes(group.id());
     let mut killed_at = None;
     let resumed = stream(group.port, &body, |so_far| {
         if so_far.logprobs.len() >= 20 && killed_at.is_none() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tandem_tests::pods::{
-    Pods, Streamed, assert_same, children, insist, kill, requests, stream, stream_all, wait_for,
+    Pods, Streamed, assert_same, insist, kill, rank_processes, requests, stream, stream_all, wait_for,
 };
 use tandem_tests::proxy::{Proxy, Weather};
 use tandem_tests::server::Server;
@@ -450,10 +450,10 @@ fn ranks_of_one_pod_are_children_that_end_with_it() {
     // Memory as each process finds it: a rank that is started again finds less than the first one did.
     let mut pod =
         Server::start(&[model.to_str().expect("UTF-8"), "--tensor-parallel-size", "3", "--threads", "1"]);
-    let ranks = children(pod.id());
+    let ranks = rank_processes(pod.id());
     assert_eq!(ranks.len(), 3);
     assert_same(&stream_all(pod.port, &requests(TOKENS), 3, || kill("KILL", ranks[1])), expected());
-    let ranks = children(pod.id());
+    let ranks = rank_processes(pod.id());
     pod.signal("KILL");
     pod.wait(Duration::from_secs(10));
     wait_for("no rank is left", || {
