@@ -197,7 +197,7 @@ fn text(config: &ServeConfig, inspected: &Inspected, findings: &mut Findings) {
         Some(Some(template)) => {
             let messages = serde_json::json!([{ "role": "user", "content": sample }]);
             let chat = ChatInput { messages: &messages, add_generation_prompt: true, kwargs: None };
-            let rendered = template.render(&chat).map_err(Exit::refused);
+            let rendered = super::sandbox::render_once(&template, &chat);
             if let Some(rendered) = findings.take(rendered) {
                 findings.line(
                     "template",

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::startup::{self, Running};
 use super::{Exit, terminal};
 use crate::config::RunConfig;
-use crate::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
+use crate::text::{ChatInput, ChatTemplate, Detokenizer, Sandbox, Tokenizer};
 
 /// The longest line of a chat, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
@@ -37,7 +37,7 @@ pub(super) fn run(mut config: RunConfig) -> Result<(), Exit> {
             config: &config,
             running: &running,
             tokenizer: &tokenizer,
-            template: template.as_deref(),
+            template: template.as_deref().map(|template| (template, super::sandbox::of(template))),
             interrupt,
             messages: Vec::new(),
         };
@@ -56,7 +56,8 @@ struct Session<'a> {
     config: &'a RunConfig,
     running: &'a Running,
     tokenizer: &'a std::sync::Arc<Tokenizer>,
-    template: Option<&'a ChatTemplate>,
+    /// And what renders it.
+    template: Option<(&'a ChatTemplate, Sandbox)>,
     interrupt: Signal,
     /// The chat so far.
     messages: Vec<Value>,
@@ -131,7 +132,7 @@ impl Session<'_> {
     async fn turn(&mut self, text: &str) -> Result<(), Exit> {
         let before = self.messages.len();
         self.messages.push(json!({ "role": "user", "content": text }));
-        let answer = match self.prompt(text) {
+        let answer = match self.prompt(text).await {
             Ok(prompt) => self.answer(prompt).await,
             Err(exit) => Err(exit),
         };
@@ -148,13 +149,13 @@ impl Session<'_> {
         }
     }
 
-    fn prompt(&self, text: &str) -> Result<Vec<u32>, Exit> {
-        let Some(template) = self.template else {
+    async fn prompt(&self, text: &str) -> Result<Vec<u32>, Exit> {
+        let Some((template, sandbox)) = &self.template else {
             return self.tokenizer.encode_prompt(text, true).map_err(Exit::failed);
         };
         let messages = Value::Array(self.messages.clone());
         let chat = ChatInput { messages: &messages, add_generation_prompt: true, kwargs: None };
-        let rendered = template.render(&chat).map_err(Exit::failed)?;
+        let rendered = sandbox.render(template, &chat).await.map_err(Exit::failed)?;
         self.tokenizer.encode_chat(&rendered).map_err(Exit::failed)
     }
 

@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::error::TextError;
-use super::template::{MAX_OUTPUT_BYTES, PreparedChat, Program};
+use super::template::{ChatInput, ChatTemplate, MAX_OUTPUT_BYTES, PreparedChat, Program, RenderedChat};
 
 /// Memory for data that the process may have.
 const MAX_DATA_BYTES: u64 = 256 << 20;
@@ -70,10 +70,23 @@ impl Sandbox {
         }
     }
 
+    /// Renders a chat of `template`, which is the one that this runs.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`], and [`TextError::Sandbox`].
+    pub async fn render(
+        &self,
+        template: &ChatTemplate,
+        chat: &ChatInput<'_>,
+    ) -> Result<RenderedChat, TextError> {
+        let chat = template.prepare(chat)?;
+        chat.finish(self.run(&chat).await)
+    }
+
     /// Runs the template.
     ///
     /// # Errors
-    /// As [`super::ChatTemplate::run`], and [`TextError::Sandbox`].
+    /// As [`ChatTemplate::run`], and [`TextError::Sandbox`].
     pub async fn run(&self, chat: &PreparedChat) -> Result<String, TextError> {
         let failed = |error: io::Error| TextError::Sandbox(error.to_string());
         let mut line = serde_json::to_vec(chat.variables()).map_err(|error| failed(error.into()))?;
