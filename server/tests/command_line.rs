@@ -288,6 +288,19 @@ fn an_idle_server_leaves_at_once() {
     }
 }
 
+/// Before the port opens, or there is no such machine here.
+#[test]
+fn an_instruction_set_that_is_not_there_is_refused_with_its_flag() {
+    if std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("amx_tile")) {
+        println!("skipped: this machine has all instruction sets");
+        return;
+    }
+    let model = model();
+    let path = model.path().to_str().unwrap();
+    let line = refusal(&["serve", path, "--load-format", "dummy", "--port", "0", "--isa", "amx"]);
+    assert!(line.starts_with("tandem: --isa: this machine has no amx; it supports "), "{line}");
+}
+
 #[test]
 fn a_log_that_cannot_be_written_ends_nothing() {
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tandem_kernels::comm::DeviceCommError;
-use tandem_kernels::cuda::CudaError;
+use tandem_kernels::cuda::{CudaError, Pause};
 use tandem_models::ForwardBatch;
 
 use super::cuda_step::CudaStep;
@@ -15,8 +15,6 @@ use crate::step_plan::StepPlan;
 
 /// A step that takes longer hangs: the step thread counts as dead after two minutes, and this is to be said before.
 pub(crate) const STEP_DEADLINE: Duration = Duration::from_secs(100);
-/// How long a thread stays awake for the device before it lets others run.
-const SPIN: Duration = Duration::from_millis(20);
 
 /// Runs plans on a GPU.
 pub(crate) struct CudaExecutor {
@@ -67,16 +65,12 @@ impl Executor for CudaExecutor {
 
 /// Waits until a step is done; false if that takes too long.
 pub(crate) fn wait_for_device(step: &CudaStep) -> Result<bool, CudaError> {
-    let start = Instant::now();
+    let pause = Pause::new();
     while !step.is_done()? {
-        let waited = start.elapsed();
-        if waited >= STEP_DEADLINE {
+        if pause.elapsed() >= STEP_DEADLINE {
             return Ok(false);
         }
-        match waited < SPIN {
-            true => std::hint::spin_loop(),
-            false => std::thread::yield_now(),
-        }
+        pause.wait();
     }
     Ok(true)
 }

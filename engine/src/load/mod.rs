@@ -227,6 +227,10 @@ pub struct Loaded {
 /// The first reason to refuse the model, naming file, field and value.
 pub fn inspect(options: &ModelOptions) -> Result<Inspected, LoadError> {
     let device = cuda::choose(options)?;
+    if let Some(isa) = options.isa.filter(|_| device.is_none()) {
+        Cpu::check_isa(isa)
+            .map_err(|error| LoadError::Option { option: "isa", reason: error.to_string() })?;
+    }
     let files = open(options)?;
     let config = &files.config;
     let info = ModelInfo {

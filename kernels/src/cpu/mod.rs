@@ -95,6 +95,14 @@ impl Cpu {
         })
     }
 
+    /// Whether a backend with this ISA can be made.
+    ///
+    /// # Errors
+    /// `UnsupportedIsa`.
+    pub fn check_isa(isa: Isa) -> Result<(), KernelError> {
+        isa::require(isa).map(drop)
+    }
+
     pub const fn isa(&self) -> Isa {
         self.isa.isa()
     }

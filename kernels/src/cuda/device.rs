@@ -3,13 +3,13 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 
 use super::driver;
-use super::{CudaError, ImageForm, Target, Unavailable};
+use super::{CudaError, ImageForm, Pause, Target, Unavailable};
 
 /// One GPU: its context on the device, and the one stream that all work goes to. Clones are the same device.
 #[derive(Clone, Debug)]
@@ -170,12 +170,12 @@ impl Cuda {
     /// # Errors
     /// As [`Cuda::synchronize`].
     pub fn is_idle_within(&self, patience: Duration) -> Result<bool, CudaError> {
-        let deadline = Instant::now() + patience;
+        let pause = Pause::new();
         while !self.is_idle()? {
-            if Instant::now() >= deadline {
+            if pause.elapsed() >= patience {
                 return Ok(false);
             }
-            std::thread::yield_now();
+            pause.wait();
         }
         Ok(true)
     }

@@ -9,13 +9,13 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUdeviceptr};
 use cudarc::driver::{CudaEvent, DriverError, result};
 use half::{bf16, f16};
 
-use super::{Cuda, CudaError};
+use super::{Cuda, CudaError, Pause};
 
 /// How long a pinned buffer that is dropped waits for its last copy.
 const LAST_COPY: Duration = Duration::from_secs(5);
@@ -378,12 +378,12 @@ impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         // What the device does not end to copy to or from is left to the end of the process: a kernel may hang before it. An error
         // means that the context is gone, and every copy with it.
-        let start = Instant::now();
+        let pause = Pause::new();
         while matches!(self.is_ready(), Ok(false)) {
-            if start.elapsed() >= LAST_COPY {
+            if pause.elapsed() >= LAST_COPY {
                 return;
             }
-            std::thread::yield_now();
+            pause.wait();
         }
         if self.cuda.bind().is_ok() {
             // SAFETY: this buffer owns the memory, and no copy is in flight.

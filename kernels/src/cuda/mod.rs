@@ -47,6 +47,7 @@ mod memory;
 mod nvml;
 #[cfg(test)]
 mod on_gpu;
+mod pause;
 mod peer;
 mod reference;
 mod runner;
@@ -71,6 +72,7 @@ pub use kernel_set::KernelSet;
 pub use launch::{Arg, Kernel, LaunchShape, MAX_ARGS, Module};
 pub use memory::{DeviceBuffer, DeviceSlice, Element, PinnedBuffer};
 pub use nvml::{GpuSample, GpuWatch};
+pub use pause::Pause;
 pub use peer::{IpcHandle, PeerBuffer};
 pub use runner::{Runner, fill_cache};
 pub use sampler::{Drawn, Sampler};

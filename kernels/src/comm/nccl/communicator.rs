@@ -7,9 +7,9 @@ use std::time::Duration;
 use half::bf16;
 
 use super::library::{Functions, RawComm, SUCCESS, SUM};
-use super::life::{NcclAbort, Pause, Shared};
+use super::life::{NcclAbort, Shared};
 use super::{NcclError, NcclUniqueId};
-use crate::cuda::{Cuda, CudaError, DeviceSlice, Element};
+use crate::cuda::{Cuda, CudaError, DeviceSlice, Element, Pause};
 
 /// One rank's end of a group of GPUs. Dropped, it is given up. Graphs that hold collectives of it are dropped before.
 #[derive(Debug)]

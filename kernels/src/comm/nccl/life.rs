@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::library::{Config, Functions, IN_PROGRESS, RawComm, RawId, SUCCESS};
 use super::{Nccl, NcclError, NcclUniqueId};
-use crate::cuda::BoundContext;
+use crate::cuda::{BoundContext, Pause};
 
 /// How long [`NcclAbort::abort`] waits for a call that is just being made, before it leaves the rest to that call's thread.
 pub(super) const ABORT_PATIENCE: Duration = Duration::from_secs(2);
@@ -262,31 +262,5 @@ impl Drop for Shared {
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared").field("aborted", &self.aborted).finish_non_exhaustive()
-    }
-}
-
-/// Between two looks. A step takes milliseconds and its end should not wait for a timer, so this thread, which has nothing else to
-/// do, goes on asking for as long as steps usually take.
-pub(super) struct Pause {
-    start: Instant,
-}
-
-impl Pause {
-    const ASKING: Duration = Duration::from_millis(50);
-
-    pub(super) fn new() -> Self {
-        Self { start: Instant::now() }
-    }
-
-    pub(super) fn elapsed(&self) -> Duration {
-        self.start.elapsed()
-    }
-
-    pub(super) fn wait(&self) {
-        if self.elapsed() < Self::ASKING {
-            std::thread::yield_now();
-        } else {
-            std::thread::sleep(Duration::from_micros(200));
-        }
     }
 }
