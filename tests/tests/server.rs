@@ -372,6 +372,10 @@ fn a_hostile_template_harms_nobody_else() {
             }
         });
     }
+    // And it is replaced when somebody else ends it.
+    let folder = format!("/proc/{}/task/{}/children", server.id(), server.id());
+    let renderer = std::fs::read_to_string(folder).expect("it has threads");
+    assert!(Command::new("kill").args(["-KILL", renderer.trim()]).status().expect("kill runs").success());
     assert_eq!(ask("Hello").json()["choices"], answer.json()["choices"]);
     assert!(server.metric("llm_memory_rss_bytes") < 1e9);
     assert_idle_and_balanced(&server);

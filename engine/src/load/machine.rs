@@ -73,10 +73,9 @@ fn group_memory(group: &Cgroup) -> Option<GroupMemory> {
 }
 
 fn inactive_file(stat: &str) -> Option<u64> {
-    let line = stat.lines().find_map(|line| {
-        line.strip_prefix("total_inactive_file ").or_else(|| line.strip_prefix("inactive_file "))
-    })?;
-    line.trim().parse().ok()
+    // Version 1 has both, and its use counts groups below.
+    let find = |name| stat.lines().find_map(|line| line.strip_prefix(name));
+    find("total_inactive_file ").or_else(|| find("inactive_file "))?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -88,6 +87,7 @@ mod tests {
         assert_eq!(available_in_meminfo("MemTotal: 5 kB\nMemAvailable:   24000 kB\n"), Some(24000 * 1024));
         assert_eq!(available_in_meminfo("MemTotal: 5 kB\n"), None);
         assert_eq!(inactive_file("anon 3\ninactive_file 4096\n"), Some(4096));
+        assert_eq!(inactive_file("inactive_file 1\ntotal_inactive_file 4096\n"), Some(4096));
         assert!(memory_available_bytes() > 0);
     }
 

@@ -315,7 +315,7 @@ pub(super) fn common(
         threads: compute.threads.map(usize::from),
         seed: options.seed,
         chat_template: options.chat_template.map(|given| template_text(given, origins)).transpose()?,
-        max_model_len: memory.max_model_len.map(|n| n as usize),
+        max_model_len: memory.max_model_len.filter(|n| *n > 0).map(|n| n as usize),
         kv_cache_memory_bytes: memory.kv_cache_memory_bytes,
         block_size: memory.block_size as usize,
         prefix_caching: prefix_caching(&memory, origins)?,

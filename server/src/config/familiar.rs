@@ -34,7 +34,6 @@ const NEEDLESS: &[(&str, Value)] = &[
     ("--generation-config", Value::OneOf(&["auto"])),
     ("--runner", Value::OneOf(&["auto", "generate"])),
     ("--task", Value::OneOf(&["auto", "generate"])),
-    ("--max-model-len", Value::OneOf(&["auto", "-1"])),
     ("--max-logprobs", Value::OneOf(&["20"])),
 ];
 
@@ -107,7 +106,7 @@ mod tests {
 
     #[test]
     fn flags_that_ask_for_nothing_new_are_dropped() {
-        let line = "tandem serve m --trust-remote-code --swap-space 4 --seed 3 -pp 1 --max-model-len auto \
+        let line = "tandem serve m --trust-remote-code --swap-space 4 --seed 3 -pp 1 \
              --pipeline-parallel-size=1 -tp 2 --scheduling-policy priority --max-model-len 64 -- --swap-space";
         let (kept, notes) = without_needless(line.split_whitespace().map(OsString::from).collect());
         let kept: Vec<_> = kept.iter().map(|argument| argument.to_str().unwrap()).collect();
@@ -115,7 +114,7 @@ mod tests {
             kept.join(" "),
             "tandem serve m --seed 3 --tensor-parallel-size 2 --max-model-len 64 -- --swap-space"
         );
-        assert_eq!(notes.len(), 6, "{notes:?}");
+        assert_eq!(notes.len(), 5, "{notes:?}");
         assert_eq!(notes[0], "--trust-remote-code changes nothing here");
     }
 

@@ -161,7 +161,7 @@ pub(super) struct ComputeFlags {
 
 #[derive(Debug, Args)]
 pub(super) struct MemoryFlags {
-    /// Tokens of prompt and answer together; 2k are 2000, 2K are 2048 [default: the model's, as far as the KV cache holds it]
+    /// Tokens of prompt and answer together; 2k are 2000, 2K are 2048, auto is the default [default: the model's, as far as the KV cache holds it]
     #[arg(long, value_name = "TOKENS", value_parser = tokens, help_heading = MEMORY)]
     pub(super) max_model_len: Option<u64>,
     /// Memory for KV, e.g. 4GiB [default: what the limits below need, at most 25 % of free memory and 4 GiB]
@@ -430,8 +430,11 @@ fn host(text: &str) -> Result<IpAddr, String> {
     }
 }
 
-/// A number of tokens, as vLLM takes it: with k, m and g for thousands, K, M and G for 1024s.
+/// A number of tokens, as vLLM takes it: with k, m and g for thousands, K, M and G for 1024s. 0 stands for auto, which it also calls -1.
 fn tokens(text: &str) -> Result<u64, String> {
+    if matches!(text, "auto" | "-1") {
+        return Ok(0);
+    }
     let (digits, unit) = match text.char_indices().last() {
         Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
             let power = "kmg".find(suffix.to_ascii_lowercase()).map(|power| power as u32 + 1);

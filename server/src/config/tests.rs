@@ -340,6 +340,8 @@ fn command_lines_of_vllm_are_understood() {
         refusal(&["--tool-call-parser", "hermes"], &[]).contains("--tool-call-parser is not supported yet")
     );
     assert!(refusal(&["--pipeline-parallel-size", "2"], &[]).contains("is not supported yet"));
+    let auto = parse_with(&["serve", "m.gguf", "--max-model-len", "auto"], &[("TANDEM_MAX_MODEL_LEN", "64")]);
+    assert!(matches!(auto.unwrap().command, Command::Serve(config) if config.common.max_model_len.is_none()));
     assert!(refusal(&["--max-model-len", "2x"], &[]).contains("x is no unit"));
     assert!(refusal(&["--max-model-len", "0"], &[]).contains("0 is not in 1..=4294967295"));
     assert!(refusal(&["--host", "example.org"], &[]).contains("it is no IP address, nor localhost"));

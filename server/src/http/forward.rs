@@ -38,8 +38,8 @@ const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
 /// A leader that lives sends something on every stream more often than this.
 const SILENCE: Duration = KEEP_ALIVE_INTERVAL.saturating_mul(4);
 /// A leader that this pod's ranks have not heard for this long gives no answer any more, however its machine is. They notice
-/// its silence in seconds; a leader that is started again takes some more.
-const UNHEARD: Duration = Duration::from_secs(10);
+/// its silence in seconds; but a rank that is started again hears nobody until it has looked at the model.
+const UNHEARD: Duration = Duration::from_secs(60);
 /// Headers of one connection, not of the request.
 const HOP_BY_HOP: [HeaderName; 6] = [
     header::CONNECTION,

@@ -25,11 +25,13 @@ pub(super) struct ReadOn {
     busy: Option<Busy>,
     /// The client asked first, and sends nothing before it is told to.
     waits: bool,
+    /// How long it is read on.
+    limit: Duration,
 }
 
 impl ReadOn {
-    pub(super) fn new(body: Body, headers: &HeaderMap, busy: Option<Busy>) -> Self {
-        Self { body: Some(body), busy, waits: headers.contains_key(header::EXPECT) }
+    pub(super) fn new(body: Body, headers: &HeaderMap, busy: Option<Busy>, limit: Duration) -> Self {
+        Self { body: Some(body), busy, waits: headers.contains_key(header::EXPECT), limit }
     }
 }
 
@@ -65,8 +67,9 @@ impl Drop for ReadOn {
         let Some(body) = body.filter(|body| !self.waits && !body.is_end_stream()) else { return };
         // Without a runtime there is no connection either.
         if let Ok(runtime) = Handle::try_current() {
+            let limit = self.limit;
             runtime.spawn(async move {
-                discard(body, limits::DISCARD_TIMEOUT).await;
+                discard(body, limit).await;
                 drop(busy);
             });
         }
@@ -74,7 +77,7 @@ impl Drop for ReadOn {
 }
 
 /// Reads on for at most `limit`.
-pub(super) async fn discard(mut body: Body, limit: Duration) {
+async fn discard(mut body: Body, limit: Duration) {
     let read_on = async {
         let mut left = limits::MAX_DISCARDED_BYTES;
         while let Some(Ok(frame)) = body.frame().await {
@@ -119,7 +122,7 @@ mod tests {
     async fn what_was_not_read_is_read_on() {
         for read_before in [0, 1, 7] {
             let (body, read) = counted(7);
-            let mut body = Body::new(ReadOn::new(body, &HeaderMap::new(), None));
+            let mut body = Body::new(ReadOn::new(body, &HeaderMap::new(), None, limits::DISCARD_TIMEOUT));
             for _ in 0..read_before {
                 body.frame().await.unwrap().unwrap();
             }
@@ -134,7 +137,7 @@ mod tests {
     async fn a_client_that_asked_first_has_sent_nothing() {
         let (body, read) = counted(7);
         let headers = HeaderMap::from_iter([(header::EXPECT, "100-continue".parse().unwrap())]);
-        drop(ReadOn::new(body, &headers, None));
+        drop(ReadOn::new(body, &headers, None, limits::DISCARD_TIMEOUT));
         settle().await;
         assert_eq!(read.load(Ordering::SeqCst), 0);
     }

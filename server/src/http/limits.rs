@@ -15,7 +15,7 @@ pub const MAX_BODY_MEMORY_BYTES: usize = 256 * 1024 * 1024;
 pub const MAX_DISCARDED_BYTES: usize = 64 * 1024 * 1024;
 /// How long that may take beside the answer.
 pub const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the body of a request to a full server is read before its 503.
+/// The same beside the 503 of a full server.
 pub const OVERLOAD_DISCARD_TIMEOUT: Duration = Duration::from_secs(2);
 /// Deepest nesting of arrays and objects in a request body.
 pub const MAX_JSON_DEPTH: usize = 64;

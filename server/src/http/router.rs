@@ -11,13 +11,13 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Serialize;
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::access_log::{ObservedBody, RequestLog};
 use super::connection::Busy;
 use super::context::{REQUEST_ID, RequestContext, request_id};
 use super::errors::{ApiError, json};
-use super::leftover::{ReadOn, discard};
+use super::leftover::ReadOn;
 use super::state::AppState;
 use super::{chat, completions, forward, limits, metrics, models, panics, probes, tokenize};
 use crate::config::AllowedOrigins;
@@ -43,7 +43,7 @@ pub(super) fn api(state: Arc<AppState>) -> Router {
     let routes =
         probes().route("/metrics", get(metrics::with_vllm)).route("/version", get(version)).merge(protected);
     let cors = cors(&state.config.allowed_origins);
-    finish(routes.fallback(route_not_found), state).layer(cors)
+    finish(routes.fallback(route_not_found), state, limits::DISCARD_TIMEOUT).layer(cors)
 }
 
 /// Which pages in browsers may call the API. Browsers ask with requests of their own first, which this answers.
@@ -55,17 +55,21 @@ fn cors(allowed: &AllowedOrigins) -> CorsLayer {
         }
     };
     let layer = CorsLayer::new().allow_origin(origins).expose_headers([REQUEST_ID, header::RETRY_AFTER]);
-    layer.allow_methods([Method::GET, Method::POST]).allow_headers(Any).max_age(PREFLIGHT_AGE)
+    layer
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers(AllowHeaders::mirror_request())
+        .max_age(PREFLIGHT_AGE)
 }
 
 /// What the serving port offers when it has too many connections: probes, and a 503 for all else.
 pub(super) fn overloaded(state: Arc<AppState>) -> Router {
-    finish(probes().fallback(refuse_overload), state)
+    finish(probes().fallback(refuse_overload), state, limits::OVERLOAD_DISCARD_TIMEOUT)
 }
 
 /// Everything on the metrics port.
 pub(super) fn metrics_only(state: Arc<AppState>) -> Router {
-    finish(probes().route("/metrics", get(metrics::own)).fallback(route_not_found), state)
+    let routes = probes().route("/metrics", get(metrics::own)).fallback(route_not_found);
+    finish(routes, state, limits::DISCARD_TIMEOUT)
 }
 
 fn probes() -> Router<Arc<AppState>> {
@@ -77,10 +81,11 @@ fn probes() -> Router<Arc<AppState>> {
         .route("/startupz", get(probes::startup))
 }
 
-fn finish(routes: Router<Arc<AppState>>, state: Arc<AppState>) -> Router {
+/// `read_on`: how long a body that no handler wants is read beside its answer.
+fn finish(routes: Router<Arc<AppState>>, state: Arc<AppState>, read_on: Duration) -> Router {
     routes
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(from_fn_with_state(state.clone(), observe))
+        .layer(from_fn_with_state((state.clone(), read_on), observe))
         .with_state(state)
 }
 
@@ -92,9 +97,7 @@ async fn route_not_found() -> ApiError {
     ApiError::RouteNotFound
 }
 
-/// The client gets to read its refusal only if its own bytes have been read.
-async fn refuse_overload(request: Request) -> ApiError {
-    discard(request.into_body(), limits::OVERLOAD_DISCARD_TIMEOUT).await;
+async fn refuse_overload() -> ApiError {
     ApiError::Overloaded
 }
 
@@ -108,7 +111,11 @@ async fn version() -> Response {
 }
 
 /// Gives the request its id and log, and the answer both of them; turns a panic into a 500.
-async fn observe(State(state): State<Arc<AppState>>, mut request: Request, next: Next) -> Response {
+async fn observe(
+    State((state, read_on)): State<(Arc<AppState>, Duration)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let arrival = Instant::now();
     let id = request_id(request.headers());
     let route = request.extensions().get::<MatchedPath>().map_or("(none)", MatchedPath::as_str).to_owned();
@@ -119,7 +126,7 @@ async fn observe(State(state): State<Arc<AppState>>, mut request: Request, next:
     let in_flight = (!quiet).then(|| state.lifecycle.request_started());
     request.extensions_mut().insert(RequestContext { log: log.clone(), arrival, tenant: None });
     let (parts, body) = request.into_parts();
-    let body = Body::new(ReadOn::new(body, &parts.headers, busy.clone()));
+    let body = Body::new(ReadOn::new(body, &parts.headers, busy.clone(), read_on));
     let request = Request::from_parts(parts, body);
 
     let response = if headers_fit(request.uri(), request.headers()) {

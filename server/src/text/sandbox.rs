@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::ffi::OsString;
 use std::io::{self, BufRead, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ const MAX_DATA_BYTES: u64 = 256 << 20;
 const DEADLINE: Duration = Duration::from_secs(1);
 /// The longest wait for chats that came before.
 const QUEUE: Duration = Duration::from_secs(5);
+/// The signal by which a Rust program without memory ends itself (SIGABRT).
+const OUT_OF_MEMORY: i32 = 6;
 /// The longest answer: every byte of the output may be escaped.
 const MAX_ANSWER_BYTES: u64 = 6 * MAX_OUTPUT_BYTES as u64 + 1024;
 
@@ -93,16 +96,25 @@ impl Sandbox {
         line.push(b'\n');
         let mut place = timeout(QUEUE, self.process.lock()).await.map_err(|_| too_slow(QUEUE))?;
         // Taken out: whoever leaves in the middle must not leave a process with an answer that nobody read.
-        let mut process = match place.take() {
-            Some(process) => process,
-            None => self.start().await.map_err(failed)?,
+        let mut process = place.take();
+        let answer = loop {
+            let was_there = process.is_some();
+            let mut current = match process.take() {
+                Some(process) => process,
+                None => self.start().await.map_err(failed)?,
+            };
+            match timeout(DEADLINE, current.ask(&line)).await.map_err(|_| too_slow(DEADLINE))? {
+                Ok(answer) => {
+                    *place = Some(current);
+                    break answer;
+                }
+                Err(error) => match current.end(error).await {
+                    // Somebody ended it since the last chat.
+                    TextError::Sandbox(_) if was_there => {}
+                    why => return Err(why),
+                },
+            }
         };
-        let answer = timeout(DEADLINE, process.ask(&line)).await.map_err(|_| too_slow(DEADLINE))?;
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(error) => return Err(process.end(error).await),
-        };
-        *place = Some(process);
         match answer {
             Answer::Text(text) => Ok(text),
             Answer::Template(message) => Err(TextError::Template(message)),
@@ -145,8 +157,7 @@ impl Process {
     /// Why it gave no answer.
     async fn end(mut self, error: io::Error) -> TextError {
         match timeout(DEADLINE, self.child.wait()).await {
-            // Rust's way to end without memory.
-            Ok(Ok(status)) if std::os::unix::process::ExitStatusExt::signal(&status).is_some() => {
+            Ok(Ok(status)) if ExitStatusExt::signal(&status) == Some(OUT_OF_MEMORY) => {
                 TextError::TemplateLimit(format!("{} MiB of memory", MAX_DATA_BYTES >> 20).into())
             }
             Ok(Ok(status)) => TextError::Sandbox(format!("the process that renders ended with {status}")),

@@ -229,6 +229,8 @@ async fn pages_of_allowed_origins_may_call() {
         let server = Server::start(Setup { keys: &["key"], flags, ..Setup::default() }).await;
         let asked = server.request(preflight(origin)).await;
         assert_eq!((asked.status, asked.header(ALLOWED)), (200, allowed), "{flags:?}");
+        // By name: a star does not speak of this one.
+        assert_eq!(asked.header("access-control-allow-headers"), Some("authorization"));
         let headers = format!("origin: {origin}\r\n");
         // A refusal too is for the page to read.
         let refused = server.request(post("/v1/completions", "{}", &headers)).await;
