@@ -125,6 +125,8 @@ impl Sandbox {
 
     async fn start(&self) -> io::Result<Process> {
         let mut child = Command::new(&self.program)
+            // For lists of processes: the program may be named by a path that says nothing.
+            .arg0("tandem")
             .args(&self.arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
