@@ -71,8 +71,8 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Refuses what has no meaning for a model of `vocab_size` tokens that ends texts with `eos_token_ids`. Bounds of taste (how many choices, how
-    /// large a temperature) are the caller's.
+    /// Refuses what has no meaning for a model of `vocab_size` tokens that ends texts with `eos_token_ids`. Bounds of
+    /// taste (how many choices, how large a temperature) are the caller's.
     pub fn validate(&self, vocab_size: usize, eos_token_ids: &[u32]) -> Result<(), InvalidParam> {
         check(self.n >= 1, "n", "must be at least 1")?;
         check(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens")?;

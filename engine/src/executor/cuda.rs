@@ -65,14 +65,7 @@ impl Executor for CudaExecutor {
 
 /// Waits until a step is done; false if that takes too long.
 pub(crate) fn wait_for_device(step: &CudaStep) -> Result<bool, CudaError> {
-    let pause = Pause::new();
-    while !step.is_done()? {
-        if pause.elapsed() >= STEP_DEADLINE {
-            return Ok(false);
-        }
-        pause.wait();
-    }
-    Ok(true)
+    Pause::until(STEP_DEADLINE, || step.is_done())
 }
 
 /// An error of the device says nothing of what else is wrong with it, and often nothing works afterwards: the process ends, and

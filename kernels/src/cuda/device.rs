@@ -170,14 +170,7 @@ impl Cuda {
     /// # Errors
     /// As [`Cuda::synchronize`].
     pub fn is_idle_within(&self, patience: Duration) -> Result<bool, CudaError> {
-        let pause = Pause::new();
-        while !self.is_idle()? {
-            if pause.elapsed() >= patience {
-                return Ok(false);
-            }
-            pause.wait();
-        }
-        Ok(true)
+        Pause::until(patience, || self.is_idle())
     }
 
     /// The stream's handle (`cudaStream_t`), for libraries that queue work of their own. Not to be destroyed; lives as long as

@@ -378,12 +378,8 @@ impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         // What the device does not end to copy to or from is left to the end of the process: a kernel may hang before it. An error
         // means that the context is gone, and every copy with it.
-        let pause = Pause::new();
-        while matches!(self.is_ready(), Ok(false)) {
-            if pause.elapsed() >= LAST_COPY {
-                return;
-            }
-            pause.wait();
+        if matches!(Pause::until(LAST_COPY, || self.is_ready()), Ok(false)) {
+            return;
         }
         if self.cuda.bind().is_ok() {
             // SAFETY: this buffer owns the memory, and no copy is in flight.

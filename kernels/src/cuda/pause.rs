@@ -18,6 +18,21 @@ impl Pause {
         Self { start: Instant::now() }
     }
 
+    /// Looks again and again until `is_done` says yes; false if it has not within `limit`.
+    ///
+    /// # Errors
+    /// Those of `is_done`.
+    pub fn until<E>(limit: Duration, mut is_done: impl FnMut() -> Result<bool, E>) -> Result<bool, E> {
+        let pause = Self::new();
+        while !is_done()? {
+            if pause.elapsed() >= limit {
+                return Ok(false);
+            }
+            pause.wait();
+        }
+        Ok(true)
+    }
+
     pub fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }

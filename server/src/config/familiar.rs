@@ -12,7 +12,7 @@ enum Value {
     OneOf(&'static [&'static str]),
 }
 
-/// Flags of `serve` without effect here.
+/// Flags without effect here.
 const NEEDLESS: &[(&str, Value)] = &[
     // Prompts are always computed in chunks, beside decodes.
     ("--enable-chunked-prefill", Value::None),

@@ -201,7 +201,7 @@ pub(super) struct LogFlags {
     /// YAML file with flags as keys
     #[arg(long, value_name = "FILE", help_heading = CONFIGURATION)]
     pub(super) config: Option<PathBuf>,
-    /// Form of the log on standard error
+    /// Form of the log on standard error; with json, serve says in it what it otherwise prints when it is ready
     #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = CONFIGURATION)]
     pub(super) log_format: LogFormat,
     /// What to log: error, warn, info, debug, trace, off, or a filter such as info,tandem_engine=debug [default:

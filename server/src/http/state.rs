@@ -40,7 +40,7 @@ pub struct Serving {
     /// None: token ids only.
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub template: Option<Arc<ChatTemplate>>,
-    /// Runs the template; None: this process does.
+    /// Runs the template. None: this process does, in tests that have no program to start.
     pub sandbox: Option<Sandbox>,
     pub generation: GenerationConfig,
     /// None: no GPU computes, or none that can be looked at.
