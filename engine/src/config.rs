@@ -18,6 +18,8 @@ pub struct EngineConfig {
     /// KV blocks of the pool.
     pub num_blocks: usize,
     pub prefix_caching: bool,
+    /// Where a device computes beside the engine: whether steps are begun before the last one is over.
+    pub async_scheduling: bool,
     /// Requests that may wait for their first step. At most `max_num_seqs` more may be in flight: requests
     /// that were preempted or whose reader is behind are bounded by this sum.
     pub max_queued_requests: usize,
@@ -44,6 +46,7 @@ impl Default for EngineConfig {
             block_size: 16,
             num_blocks: 128,
             prefix_caching: true,
+            async_scheduling: true,
             max_queued_requests: 1024,
             max_queued_bytes: 256 << 20,
             eos_token_ids: Vec::new(),

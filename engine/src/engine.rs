@@ -1,25 +1,27 @@
-//! The step loop: receive, schedule, run, account, publish, emit.
+//! The step loop: receive, schedule, run, account, publish, emit. How steps are run, one after another or one beside the next, is
+//! `steps`.
 //!
 //! Everything here belongs to one thread. A step's counts are published before its events go out, so whoever
 //! has read the end of a stream finds it counted. Events of a step leave together, one message per request.
 
 mod recovery;
+mod steps;
 
 use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use self::recovery::Group;
+use self::steps::{PendingStep, RowTarget};
 use crate::block_manager::BlockManager;
 use crate::config::EngineConfig;
 use crate::environment::Environment;
-use crate::error::{ExecutorError, ExecutorErrorKind, RequestFailure, RowError};
+use crate::error::{RequestFailure, RowError};
 use crate::executor::{Executor, SampledToken, StepOutput};
 use crate::handle::{Command, EngineHandle, Shared, Submission};
 use crate::prefix_cache::ChainHasher;
-use crate::recorder::{Recorder, StepClock};
+use crate::recorder::Recorder;
 use crate::request_state::{Choice, RequestState};
-use crate::sample_row::{RowKind, SampleRow};
 use crate::scheduler::{Limits, Schedule, Scheduler};
 use crate::sequence::{Sequence, SequenceKey};
 use crate::stream::{Event, FinishReason, Outlet, STREAM_CAPACITY};
@@ -37,8 +39,10 @@ pub struct Engine {
     recorder: Recorder,
     num_steps: u64,
     stopping: bool,
-    /// The executor's device computed the last step beside the engine, and will do so with the next.
-    computes_beside: bool,
+    /// Begun, and not finished.
+    pending: Option<PendingStep>,
+    /// When the last step was over.
+    last_end: Option<Instant>,
     /// Requests in flight with something to say, until it is said.
     touched: Vec<u64>,
     /// Outlets of ended requests, until their last events are out.
@@ -68,15 +72,6 @@ pub enum StepStatus {
     Idle,
     /// The engine has been shut down or cannot go on; every request has been ended.
     Stopped,
-}
-
-/// What the answer to a row is for.
-#[derive(Clone, Copy)]
-enum RowTarget {
-    /// Of planned sequence `planned`, scored prompt token.
-    Score { planned: usize },
-    /// Of planned sequence `planned`, a token of `choice`.
-    Draw { planned: usize, choice: u32 },
 }
 
 impl Engine {
@@ -124,7 +119,8 @@ impl Engine {
             recorder,
             num_steps: 0,
             stopping: false,
-            computes_beside: false,
+            pending: None,
+            last_end: None,
             touched: Vec::new(),
             departing: Vec::new(),
         };
@@ -132,23 +128,22 @@ impl Engine {
     }
 
     /// Takes in what was submitted and cancelled, asks how the executor is, and runs one step if anything can
-    /// run.
+    /// run. Where a device computes beside the engine, the step is only begun, and the tokens that come out are those of the
+    /// one before.
     pub fn step(&mut self) -> StepStatus {
+        let settled = self.settle();
         let begin = self.shared.environment.clock.now();
         self.receive();
         self.poll_executor();
-        let worked = !self.stopping && self.group.is_ready() && self.run_step(begin);
+        let ran = !self.stopping && self.group.is_ready() && self.run_step(begin);
         if self.stopping {
             self.release_all();
             return StepStatus::Stopped;
         }
         self.publish();
-        // While the device computes the next step there is time for what this one brought.
-        if !(worked && self.computes_beside) {
-            self.emit();
-        }
+        self.emit();
         self.recorder.step_ended(self.shared.environment.clock.now());
-        if worked { StepStatus::Worked } else { StepStatus::Idle }
+        if settled || ran { StepStatus::Worked } else { StepStatus::Idle }
     }
 
     /// Checks, between steps, that blocks, tables and queues agree; the message names the first
@@ -212,13 +207,15 @@ impl Engine {
         request.stranded_since = (!self.group.is_ready()).then(|| self.shared.environment.clock.now());
         self.scheduler.add(Sequence {
             key: request.key(0),
-            prompt_len: prompt.len(),
+            prompt_len: request.prompt_len,
             tokens: prompt,
             context_len: 0,
+            in_flight: 0,
+            awaited: None,
             block_table: Vec::new(),
             chain: self.hasher.start(salt.as_deref()),
             num_choices: request.params.n as usize,
-            samples: request.params.max_tokens > 0,
+            max_len: request.prompt_len + request.params.max_tokens,
             num_scored: request.prompt_logprobs.as_ref().map(|_| 1),
             cached_tokens: None,
         });
@@ -249,70 +246,6 @@ impl Engine {
         self.complete_if_finished(serial);
     }
 
-    /// False when there was nothing to do.
-    fn run_step(&mut self, begin: Instant) -> bool {
-        let requests = &self.requests;
-        let flushes_before = self.computes_beside;
-        let has_room = |key: &SequenceKey| requests[&key.serial].outlet.has_room(flushes_before);
-        let mut schedule = self.scheduler.schedule(has_room);
-        if schedule.keys.is_empty() {
-            self.computes_beside = false;
-            self.note_nothing_to_resume();
-            return schedule.preempted;
-        }
-        schedule.plan.step = self.num_steps;
-        self.num_steps += 1;
-        self.note_first_steps(&schedule);
-
-        let poisoned = self.scheduler.blocks_mut().take_blocks_to_poison();
-        if !poisoned.is_empty() {
-            self.executor.poison_blocks(&poisoned);
-        }
-        let start = self.shared.environment.clock.now();
-        let (rows, targets) = rows_of(&schedule, &self.scheduler, &self.requests);
-        let begun = self.executor.begin(&schedule.plan, &rows);
-        self.computes_beside = matches!(begun, Ok(true));
-        let result = match begun {
-            Ok(false) => self.executor.run(&schedule.plan, &rows),
-            Ok(true) => {
-                drop(rows);
-                // Whoever reads the end of a stream finds it counted.
-                if !self.departing.is_empty() {
-                    self.publish();
-                }
-                self.emit();
-                let (rows, _) = rows_of(&schedule, &self.scheduler, &self.requests);
-                self.executor.finish(&schedule.plan, &rows)
-            }
-            Err(error) => Err(error),
-        };
-        let end = self.shared.environment.clock.now();
-
-        self.scheduler.blocks_mut().finish_step();
-        match result.and_then(|output| check_output(output, targets.len())) {
-            Ok(output) => {
-                let times = StepClock { begin, start, end, forward: output.forward };
-                self.recorder.step(&schedule, &self.scheduler, &times);
-                self.note_resumes(&schedule);
-                self.account(&schedule, targets, output);
-            }
-            Err(error) => self.fail_step(&schedule, &error),
-        }
-        true
-    }
-
-    fn note_first_steps(&mut self, schedule: &Schedule) {
-        let now = self.shared.environment.clock.now();
-        for key in &schedule.keys {
-            let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
-            if request.first_scheduled.is_none() {
-                let sequence = self.scheduler.get(key).expect("planned sequences exist");
-                request.begin(&sequence.tokens[..request.prompt_len], now);
-                self.recorder.first_scheduled(request, sequence.cached_tokens.unwrap_or(0), now);
-            }
-        }
-    }
-
     /// Brings the answers of a step to their requests.
     fn account(&mut self, schedule: &Schedule, targets: Vec<RowTarget>, output: StepOutput) {
         self.fail_bad_rows(schedule, &targets, &output);
@@ -335,7 +268,7 @@ impl Engine {
         // Scores are complete now, and tokens come after them.
         schedule.keys.iter().for_each(|key| self.start_choices(key));
         for (key, choice, answer) in draws {
-            self.take_token(&SequenceKey { choice, ..key }, answer);
+            self.take_token(&SequenceKey { choice, ..key }, answer, schedule.plan.step);
         }
         schedule.keys.iter().for_each(|key| self.complete_if_finished(key.serial));
     }
@@ -345,6 +278,10 @@ impl Engine {
         let vocab_size = self.shared.config.vocab_size;
         for (target, answer) in targets.iter().zip(&output.rows) {
             let (RowTarget::Score { planned } | RowTarget::Draw { planned, .. }) = *target;
+            // What ended before its step was over is of no interest.
+            if self.scheduler.get(&schedule.keys[planned]).is_none() {
+                continue;
+            }
             let error = match answer {
                 Ok(answer) if (answer.token as usize) < vocab_size => continue,
                 Ok(_) => RowError::OutsideVocabulary,
@@ -378,7 +315,7 @@ impl Engine {
             cached_tokens: sequence.cached_tokens.unwrap_or(0),
             prompt_logprobs: request.prompt_logprobs.take(),
         });
-        if sequence.samples {
+        if sequence.samples() {
             (1..request.params.n).for_each(|choice| self.scheduler.fork(key, choice));
             return;
         }
@@ -388,12 +325,14 @@ impl Engine {
         }
     }
 
-    fn take_token(&mut self, key: &SequenceKey, answer: SampledToken) {
+    fn take_token(&mut self, key: &SequenceKey, answer: SampledToken, step: u64) {
         let Some(request) = self.requests.get_mut(&key.serial) else { return };
         let Some(sequence) = self.scheduler.get_mut(key) else { return };
         let SampledToken { token, logprobs } = answer;
         let choice = key.choice;
         sequence.tokens.push(token);
+        // The next step may draw another already.
+        sequence.awaited.take_if(|awaited| awaited.step == step);
 
         let now = self.shared.environment.clock.now();
         self.recorder.token(request.arrival, !request.has_output(), &request.choices[choice as usize], now);
@@ -423,29 +362,11 @@ impl Engine {
         self.departing.push((request.outlet, Some(failure)));
     }
 
-    /// Nothing of the step can be trusted.
-    fn fail_step(&mut self, schedule: &Schedule, error: &ExecutorError) {
-        tracing::error!(
-            step = schedule.plan.step,
-            reason = error.message,
-            kind = ?error.kind,
-            "step failed"
-        );
-        self.executor.abort();
-        if error.kind == ExecutorErrorKind::GroupLost {
-            return self.lose_group(&schedule.keys);
-        }
-        // Its requests fail, the others go on.
-        for key in &schedule.keys {
-            self.fail(key.serial, RequestFailure::step_failed());
-        }
-        self.stopping |= error.kind == ExecutorErrorKind::Fatal;
-    }
-
     /// Stops: every request ends with a retryable failure, every block comes back.
     fn release_all(&mut self) {
         let serials: Vec<u64> = self.requests.keys().copied().collect();
         serials.into_iter().for_each(|serial| self.fail(serial, RequestFailure::stopped()));
+        self.pending = None;
         self.executor.abort();
         self.publish();
         self.emit();
@@ -470,46 +391,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// Everything wanted from the plan's rows of logits.
-fn rows_of<'a>(
-    schedule: &Schedule,
-    scheduler: &Scheduler,
-    requests: &'a HashMap<u64, RequestState>,
-) -> (Vec<SampleRow<'a>>, Vec<RowTarget>) {
-    let (mut rows, mut targets) = (Vec::new(), Vec::new());
-    let mut logits_row = 0;
-    for (planned, (key, plan)) in schedule.keys.iter().zip(&schedule.plan.sequences).enumerate() {
-        let request = &requests[&key.serial];
-        let sequence = scheduler.get(key).expect("planned sequences exist until their step is accounted");
-        for offset in &plan.logits_rows {
-            let position = (plan.context_len + offset) as usize;
-            if sequence.wants_score(position) {
-                let kind = RowKind::Score { target: sequence.tokens[position + 1] };
-                rows.push(SampleRow { logits_row, kind, logprobs: Some(request.prompt_top) });
-                targets.push(RowTarget::Score { planned });
-            } else {
-                // While the prompt is computed, all choices draw their first token from its last row.
-                for choice in key.choice..key.choice + sequence.num_choices as u32 {
-                    let kind = RowKind::Sample(request.draw(choice, position + 1));
-                    rows.push(SampleRow { logits_row, kind, logprobs: request.params.logprobs });
-                    targets.push(RowTarget::Draw { planned, choice });
-                }
-            }
-            logits_row += 1;
-        }
-    }
-    (rows, targets)
-}
-
-/// An executor that answers too little or too much has not run this plan.
-fn check_output(output: StepOutput, expected: usize) -> Result<StepOutput, ExecutorError> {
-    if output.rows.len() == expected {
-        return Ok(output);
-    }
-    let message = format!("{} answers to {expected} rows", output.rows.len());
-    Err(ExecutorError { message, kind: ExecutorErrorKind::Step })
 }
 
 #[cfg(test)]

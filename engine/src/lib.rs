@@ -51,7 +51,7 @@ pub use environment::{Clock, Environment, FixedSeeds, SeedSource, SystemClock, S
 pub use error::{
     ExecutorError, ExecutorErrorKind, FailureKind, InvalidParam, RequestFailure, RowError, SubmitError,
 };
-pub use executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
+pub use executor::{Begun, Executor, ExecutorStatus, SampledToken, StepOutput};
 pub use gpu_usage::{GpuMeter, GpuUsage};
 pub use group::{
     CustomAllReduce, GroupReport, GroupState, GroupStatus, RankEnd, RankOptions, RankOrder, RankReport,

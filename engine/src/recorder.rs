@@ -29,6 +29,10 @@ pub(crate) struct StepClock {
     pub(crate) end: Instant,
     /// What it spent in the model.
     pub(crate) forward: Duration,
+    /// A device computed while the step was planned.
+    pub(crate) plans_beside: bool,
+    /// A device computes while its tokens are brought to requests.
+    pub(crate) ends_beside: bool,
 }
 
 impl Recorder {
@@ -93,22 +97,16 @@ impl Recorder {
         }
     }
 
-    /// A step ran; its sequences are still as they were planned.
-    pub(crate) fn step(&mut self, schedule: &Schedule, scheduler: &Scheduler, times: &StepClock) {
+    /// A step ran.
+    pub(crate) fn step(&mut self, schedule: &Schedule, times: &StepClock) {
         let totals = &mut self.totals;
         let plan = &schedule.plan;
         totals.steps += 1;
         totals.max_step_sequences = totals.max_step_sequences.max(plan.sequences.len());
         totals.block_copies += plan.block_copies.len() as u64;
         totals.iteration_tokens.observe(plan.num_tokens() as f64);
-        let (mut has_decodes, mut has_prompts) = (false, false);
-        for (key, planned) in schedule.keys.iter().zip(&plan.sequences) {
-            let Some(sequence) = scheduler.get(key) else { continue };
-            if sequence.is_decoding() {
-                has_decodes = true;
-                continue;
-            }
-            has_prompts = true;
+        let (has_decodes, chunks) = (schedule.num_decodes > 0, &plan.sequences[schedule.num_decodes..]);
+        for planned in chunks {
             if totals.chunk_sizes.len() < 64 {
                 totals.chunk_sizes.insert(planned.token_ids.len());
             }
@@ -117,15 +115,17 @@ impl Recorder {
         if has_decodes {
             totals.decode_step_latency.observe(run.as_secs_f64());
         }
-        if !has_prompts {
+        if chunks.is_empty() {
+            let scheduling = times.start.saturating_duration_since(times.begin);
             totals.decode_times.add(&StepTimes {
                 steps: 1,
-                scheduling: times.start.saturating_duration_since(times.begin),
+                overlapped: u64::from(times.plans_beside),
+                scheduling: if times.plans_beside { Duration::ZERO } else { scheduling },
                 forward: times.forward,
                 sampling: run.saturating_sub(times.forward),
                 emitting: Duration::ZERO,
             });
-            self.unended = Some(times.end);
+            self.unended = Some(times.end).filter(|_| !times.ends_beside);
         }
     }
 

@@ -132,7 +132,8 @@ impl RequestState {
     pub(crate) fn draw(&self, choice: u32, position: usize) -> Draw<'_> {
         let params = &self.params;
         let state = &self.choices[choice as usize];
-        let is_early = state.num_output < params.min_tokens;
+        // Not by the tokens that are known: the one before may still be drawn.
+        let is_early = position - self.prompt_len < params.min_tokens;
         Draw {
             key: NoiseKey { seed: self.seed, choice, position: position as u32 },
             used_tokens: state.used.as_slice(),

@@ -62,3 +62,102 @@ pub struct NoiseKey {
     /// Position of the token being drawn: the prompt's length for the first output token.
     pub position: u32,
 }
+
+/// A [`SampleRow`] with its own lists.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct OwnedRow {
+    pub(crate) logits_row: u32,
+    pub(crate) kind: OwnedKind,
+    pub(crate) logprobs: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum OwnedKind {
+    Sample(Box<OwnedDraw>),
+    Score { target: u32 },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct OwnedDraw {
+    pub(crate) key: NoiseKey,
+    pub(crate) used_tokens: Vec<TokenUse>,
+    pub(crate) repetition_penalty: f32,
+    pub(crate) presence_penalty: f32,
+    pub(crate) frequency_penalty: f32,
+    pub(crate) logit_bias: Vec<(u32, f32)>,
+    pub(crate) allowed_token_ids: Option<Vec<u32>>,
+    pub(crate) banned_token_ids: Vec<u32>,
+    pub(crate) temperature: f32,
+    pub(crate) top_k: u32,
+    pub(crate) top_p: f32,
+    pub(crate) min_p: f32,
+}
+
+impl OwnedRow {
+    pub(crate) fn of(row: &SampleRow<'_>) -> Self {
+        let kind = match &row.kind {
+            RowKind::Score { target } => OwnedKind::Score { target: *target },
+            RowKind::Sample(draw) => OwnedKind::Sample(Box::new(OwnedDraw::of(draw))),
+        };
+        Self { logits_row: row.logits_row, kind, logprobs: row.logprobs.map(|top| top as u32) }
+    }
+
+    pub(crate) fn borrow(&self) -> SampleRow<'_> {
+        let kind = match &self.kind {
+            OwnedKind::Score { target } => RowKind::Score { target: *target },
+            OwnedKind::Sample(draw) => RowKind::Sample(draw.borrow()),
+        };
+        SampleRow { logits_row: self.logits_row, kind, logprobs: self.logprobs.map(|top| top as usize) }
+    }
+
+    /// Every token that it names.
+    pub(crate) fn token_ids(&self) -> impl Iterator<Item = u32> {
+        let (target, draw) = match &self.kind {
+            OwnedKind::Score { target } => (Some(*target), None),
+            OwnedKind::Sample(draw) => (None, Some(draw)),
+        };
+        let of_draw = draw.into_iter().flat_map(|draw| {
+            let used = draw.used_tokens.iter().map(|used| used.token);
+            let biased = draw.logit_bias.iter().map(|(token, _)| *token);
+            let listed = draw.allowed_token_ids.iter().flatten().chain(&draw.banned_token_ids).copied();
+            used.chain(biased).chain(listed)
+        });
+        target.into_iter().chain(of_draw)
+    }
+}
+
+impl OwnedDraw {
+    fn of(draw: &Draw<'_>) -> Self {
+        Self {
+            key: draw.key,
+            used_tokens: draw.used_tokens.to_vec(),
+            repetition_penalty: draw.repetition_penalty,
+            presence_penalty: draw.presence_penalty,
+            frequency_penalty: draw.frequency_penalty,
+            logit_bias: draw.logit_bias.to_vec(),
+            allowed_token_ids: draw.allowed_token_ids.map(<[u32]>::to_vec),
+            banned_token_ids: draw.banned_token_ids.to_vec(),
+            temperature: draw.temperature,
+            top_k: draw.top_k,
+            top_p: draw.top_p,
+            min_p: draw.min_p,
+        }
+    }
+
+    fn borrow(&self) -> Draw<'_> {
+        Draw {
+            key: self.key,
+            used_tokens: &self.used_tokens,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: &self.logit_bias,
+            allowed_token_ids: self.allowed_token_ids.as_deref(),
+            banned_token_ids: &self.banned_token_ids,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+        }
+    }
+}

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
 use crate::block_manager::BlockManager;
-use crate::sequence::{Sequence, SequenceKey};
+use crate::sequence::{AwaitedToken, Sequence, SequenceKey};
 use crate::step_plan::{PlannedSequence, StepPlan};
 
 pub(crate) struct Scheduler {
@@ -43,6 +43,8 @@ pub(crate) struct Schedule {
     pub(crate) plan: StepPlan,
     /// One per planned sequence.
     pub(crate) keys: Vec<SequenceKey>,
+    /// The first so many of them decode; the others compute prompts, or what was preempted.
+    pub(crate) num_decodes: usize,
     /// Somebody lost its blocks.
     pub(crate) preempted: bool,
 }
@@ -85,8 +87,12 @@ impl Scheduler {
     }
 
     /// Decides the next step. `is_ready` says whether a request's reader has room for what the step brings.
-    pub(crate) fn schedule(&mut self, is_ready: impl Fn(&SequenceKey) -> bool) -> Schedule {
-        let (active, paused): (Vec<_>, Vec<_>) = self.running.iter().copied().partition(|key| is_ready(key));
+    ///
+    /// Steps are computed in the order of their plans, so one may be planned before the last is over. What that one computes and draws
+    /// counts as there; a block that it still writes to may be anybody's afterwards.
+    pub(crate) fn schedule(&mut self, is_ready: impl Fn(&Sequence) -> bool) -> Schedule {
+        let (active, paused): (Vec<_>, Vec<_>) =
+            self.running.iter().copied().partition(|key| is_ready(&self.sequences[key]));
         let num_decodes = active.iter().filter(|key| self.sequences[*key].is_decoding()).count();
         let mut pass = Pass {
             prompt_tokens: self.limits.max_num_batched_tokens - num_decodes,
@@ -102,20 +108,23 @@ impl Scheduler {
                 self.plan(key, 1, false, &mut pass);
             }
         }
+        pass.schedule.num_decodes = pass.schedule.keys.len();
         let admits = !pass.schedule.preempted;
-        self.share_prompt_budget(prompts, admits, is_ready, &mut pass);
+        self.share_prompt_budget(prompts, admits, &is_ready, &mut pass);
         let mut schedule = pass.schedule;
         schedule.plan.block_size = self.limits.block_size as u32;
         schedule.plan.block_copies = self.blocks.copies().to_vec();
         schedule
     }
 
-    /// The step ran: `num_tokens` more of the sequence are computed, and blocks that are full now can be
-    /// shared.
+    /// A step that was planned ran: `num_tokens` more of the sequence are computed, and blocks that are full now can be
+    /// shared. Of a sequence that is gone, or was preempted for the next step, nothing is left.
     pub(crate) fn commit(&mut self, key: &SequenceKey, num_tokens: usize) {
-        let sequence =
-            self.sequences.get_mut(key).expect("planned sequences exist until their step is accounted");
+        let Some(sequence) = self.sequences.get_mut(key).filter(|sequence| sequence.in_flight > 0) else {
+            return;
+        };
         let full_before = sequence.context_len / self.limits.block_size;
+        sequence.in_flight -= num_tokens;
         sequence.context_len += num_tokens;
         for block_idx in full_before..sequence.context_len / self.limits.block_size {
             let block = sequence.block_table[block_idx];
@@ -123,9 +132,18 @@ impl Scheduler {
         }
     }
 
+    /// A step that was begun draws the next token of a sequence.
+    pub(crate) fn await_token(&mut self, key: &SequenceKey, token: AwaitedToken) {
+        self.sequences.get_mut(key).expect("planned sequences exist").awaited = Some(token);
+    }
+
     /// A further choice of a computed prompt, on the same blocks.
+    ///
+    /// # Panics
+    /// If the parent is planned further.
     pub(crate) fn fork(&mut self, key: &SequenceKey, choice: u32) {
         let parent = self.sequences.get_mut(key).expect("the parent runs");
+        assert_eq!(parent.in_flight, 0, "a choice begins where its prompt ends");
         parent.num_choices = 1;
         parent.block_table.iter().for_each(|block| self.blocks.share(*block));
         let key = SequenceKey { choice, ..*key };
@@ -145,9 +163,10 @@ impl Scheduler {
         for key in std::mem::take(&mut self.running) {
             let sequence = self.sequences.get_mut(&key).expect("running sequences exist");
             sequence.block_table.clear();
-            sequence.context_len = 0;
+            sequence.forget_computed();
             self.waiting.insert(key);
         }
+        self.sequences.values_mut().for_each(|sequence| sequence.awaited = None);
         self.blocks.reset();
     }
 
@@ -205,10 +224,10 @@ impl Scheduler {
             if running == waiting {
                 return Err(format!("{key:?} is in both queues or in none"));
             }
-            if waiting && !(sequence.block_table.is_empty() && sequence.context_len == 0) {
+            if waiting && !(sequence.block_table.is_empty() && sequence.planned_len() == 0) {
                 return Err(format!("{key:?} waits and holds blocks"));
             }
-            if sequence.block_table.len() < sequence.context_len.div_ceil(self.limits.block_size) {
+            if sequence.block_table.len() < sequence.planned_len().div_ceil(self.limits.block_size) {
                 return Err(format!("{key:?} has fewer blocks than its context needs"));
             }
         }
@@ -224,12 +243,12 @@ impl Scheduler {
         &mut self,
         prompts: Vec<SequenceKey>,
         mut admits: bool,
-        is_ready: impl Fn(&SequenceKey) -> bool,
+        is_ready: &impl Fn(&Sequence) -> bool,
         pass: &mut Pass,
     ) {
         let mut newcomer = Bound::Unbounded;
         for key in prompts {
-            admits = admits && self.admit((newcomer, Bound::Excluded(key)), &is_ready, pass);
+            admits = admits && self.admit((newcomer, Bound::Excluded(key)), is_ready, pass);
             newcomer = Bound::Excluded(key);
             // Preempted by a decode.
             if self.running.contains(&key) {
@@ -237,14 +256,14 @@ impl Scheduler {
             }
         }
         if admits {
-            self.admit((newcomer, Bound::Unbounded), &is_ready, pass);
+            self.admit((newcomer, Bound::Unbounded), is_ready, pass);
         }
     }
 
     /// The next chunk of a prompt, which has had its blocks since it was admitted.
     fn continue_prompt(&mut self, key: SequenceKey, pass: &mut Pass) {
         let sequence = &self.sequences[&key];
-        let num_tokens = sequence.chunk_len(sequence.context_len, pass.prompt_tokens, pass.prompt_rows);
+        let num_tokens = sequence.chunk_len(sequence.planned_len(), pass.prompt_tokens, pass.prompt_rows);
         if num_tokens > 0 {
             self.plan(key, num_tokens, true, pass);
         }
@@ -254,7 +273,7 @@ impl Scheduler {
     /// `key` in order. False when `key` itself was the last and had to go.
     fn secure_blocks(&mut self, key: &SequenceKey, num_tokens: usize, pass: &mut Pass) -> bool {
         let sequence = &self.sequences[key];
-        let end = (sequence.context_len + num_tokens).div_ceil(self.limits.block_size);
+        let end = (sequence.planned_len() + num_tokens).div_ceil(self.limits.block_size);
         let num_missing = end.saturating_sub(sequence.block_table.len());
         loop {
             // Looked at anew after each preemption: the other holders of a shared block may be gone.
@@ -281,10 +300,10 @@ impl Scheduler {
     /// The block that the next token goes into, when it is partly filled and somebody else's too.
     fn block_to_copy(&self, key: &SequenceKey) -> Option<(usize, u32)> {
         let sequence = &self.sequences[key];
-        if sequence.context_len.is_multiple_of(self.limits.block_size) {
+        if sequence.planned_len().is_multiple_of(self.limits.block_size) {
             return None;
         }
-        let idx = sequence.context_len / self.limits.block_size;
+        let idx = sequence.planned_len() / self.limits.block_size;
         let block = sequence.block_table[idx];
         self.blocks.is_shared(block).then_some((idx, block))
     }
@@ -292,7 +311,7 @@ impl Scheduler {
     fn preempt(&mut self, key: &SequenceKey, pass: &mut Pass) {
         let sequence = self.sequences.get_mut(key).expect("running sequences exist");
         self.blocks.release_table(&mut sequence.block_table);
-        sequence.context_len = 0;
+        sequence.forget_computed();
         self.running.remove(key);
         self.waiting.insert(*key);
         self.num_preemptions += 1;
@@ -304,14 +323,15 @@ impl Scheduler {
     fn admit(
         &mut self,
         range: (Bound<SequenceKey>, Bound<SequenceKey>),
-        is_ready: impl Fn(&SequenceKey) -> bool,
+        is_ready: &impl Fn(&Sequence) -> bool,
         pass: &mut Pass,
     ) -> bool {
         let (mut seen, end) = range;
-        while let Some(&key) = self.waiting.range((seen, end)).find(|key| is_ready(key)) {
+        while let Some(&key) = self.waiting.range((seen, end)).find(|key| is_ready(&self.sequences[*key])) {
             seen = Bound::Excluded(key);
-            // Said before the cache is searched for a prompt that could not run anyway.
-            if pass.prompt_tokens == 0 {
+            // Said before the cache is searched for a prompt that could not run anyway. What was preempted with a token on its way
+            // is computed again when that is known.
+            if pass.prompt_tokens == 0 || self.sequences[&key].awaited.is_some() {
                 return false;
             }
             // Paused sequences make way, if that helps.
@@ -387,10 +407,17 @@ impl Scheduler {
 
     /// Writes a sequence into the plan.
     fn plan(&mut self, key: SequenceKey, num_tokens: usize, from_prompt_budget: bool, pass: &mut Pass) {
-        let sequence = &self.sequences[&key];
-        let start = sequence.context_len;
+        let sequence = self.sequences.get_mut(&key).expect("planned sequences exist");
+        let start = sequence.planned_len();
         let logits_rows: Vec<u32> =
             (0..num_tokens as u32).filter(|offset| sequence.wants_logits(start + *offset as usize)).collect();
+        // An awaited token is all that is left to plan.
+        let pending_row = sequence.awaited.take().map(|awaited| awaited.row);
+        let token_ids = match pending_row {
+            Some(_) => vec![0],
+            None => sequence.tokens[start..start + num_tokens].to_vec(),
+        };
+        sequence.in_flight += num_tokens;
         if from_prompt_budget {
             pass.prompt_tokens -= num_tokens;
             pass.prompt_rows -= logits_rows.len();
@@ -399,7 +426,8 @@ impl Scheduler {
             request: key.serial,
             choice: key.choice,
             context_len: start as u32,
-            token_ids: sequence.tokens[start..start + num_tokens].to_vec(),
+            token_ids,
+            pending_row,
             // A prompt's later blocks are taken already, and are not this step's business.
             block_table: sequence.block_table[..(start + num_tokens).div_ceil(self.limits.block_size)]
                 .to_vec(),

@@ -20,12 +20,16 @@ pub(crate) struct Sequence {
     pub(crate) prompt_len: usize,
     /// Tokens whose KV is in the blocks.
     pub(crate) context_len: usize,
+    /// Tokens on top of these that planned steps compute: the next one begins behind them.
+    pub(crate) in_flight: usize,
+    /// The token behind all others, while a step that was begun has not said which it is.
+    pub(crate) awaited: Option<AwaitedToken>,
     pub(crate) block_table: Vec<u32>,
     pub(crate) chain: HashChain,
     /// Sequences that this one stands for: all choices while it computes their prompt, else 1.
     pub(crate) num_choices: usize,
-    /// Whether any output is wanted.
-    pub(crate) samples: bool,
+    /// Prompt and all the output that may come.
+    pub(crate) max_len: usize,
     /// When the prompt is scored: how many of its tokens are, counted from the start. The first needs no
     /// score.
     pub(crate) num_scored: Option<usize>,
@@ -33,15 +37,43 @@ pub(crate) struct Sequence {
     pub(crate) cached_tokens: Option<usize>,
 }
 
+/// A token that is being drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AwaitedToken {
+    /// Number of the step.
+    pub(crate) step: u64,
+    /// Index among what is wanted of the step's logits.
+    pub(crate) row: u32,
+}
+
 impl Sequence {
-    /// Tokens still to be computed; at least 1 in a sequence that is not finished.
-    pub(crate) fn num_uncomputed(&self) -> usize {
-        self.tokens.len() - self.context_len
+    /// Whether any output is wanted.
+    pub(crate) fn samples(&self) -> bool {
+        self.max_len > self.prompt_len
+    }
+
+    /// Tokens that are computed once all planned steps are over.
+    pub(crate) fn planned_len(&self) -> usize {
+        self.context_len + self.in_flight
+    }
+
+    /// Tokens that no step has been planned for; none of a sequence whose last one is awaited.
+    pub(crate) fn num_unplanned(&self) -> usize {
+        match self.awaited {
+            Some(_) => usize::from(self.planned_len() + 1 < self.max_len),
+            None => self.tokens.len() - self.planned_len(),
+        }
     }
 
     /// One token on top of a computed context.
     pub(crate) fn is_decoding(&self) -> bool {
-        self.context_len >= self.prompt_len && self.num_uncomputed() == 1
+        self.planned_len() >= self.prompt_len && self.num_unplanned() == 1
+    }
+
+    /// What was computed, and what is on its way to be, is gone; no token is.
+    pub(crate) fn forget_computed(&mut self) {
+        self.context_len = 0;
+        self.in_flight = 0;
     }
 
     /// Whether scores of prompt tokens are still missing. The KV of cached blocks would save computing
@@ -52,7 +84,9 @@ impl Sequence {
 
     /// Whether the logits of the token at `position` are wanted.
     pub(crate) fn wants_logits(&self, position: usize) -> bool {
-        self.wants_score(position) || (self.samples && position + 1 == self.tokens.len())
+        self.wants_score(position)
+            // The token of a position past the known ones is awaited, and the last.
+            || (self.samples() && position + 1 >= self.tokens.len())
     }
 
     /// Whether the logits at `position` score the prompt token that follows.
@@ -90,10 +124,12 @@ mod tests {
             tokens: vec![1; prompt_len],
             prompt_len,
             context_len,
+            in_flight: 0,
+            awaited: None,
             block_table: Vec::new(),
             chain: ChainHasher::new([0; 16], [0; 16], 16).start(None),
             num_choices: 1,
-            samples: true,
+            max_len: prompt_len + 4,
             num_scored,
             cached_tokens: None,
         }

@@ -110,6 +110,8 @@ pub struct Snapshot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StepTimes {
     pub steps: u64,
+    /// Those that were planned and begun while a device computed the one before; what that takes is in the model's time.
+    pub overlapped: u64,
     /// Receiving requests and deciding what runs.
     pub scheduling: Duration,
     /// The model.
@@ -130,6 +132,7 @@ impl StepTimes {
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
             steps: self.steps - earlier.steps,
+            overlapped: self.overlapped - earlier.overlapped,
             scheduling: self.scheduling - earlier.scheduling,
             forward: self.forward - earlier.forward,
             sampling: self.sampling - earlier.sampling,
@@ -139,6 +142,7 @@ impl StepTimes {
 
     pub(crate) fn add(&mut self, other: &Self) {
         self.steps += other.steps;
+        self.overlapped += other.overlapped;
         self.scheduling += other.scheduling;
         self.forward += other.forward;
         self.sampling += other.sampling;

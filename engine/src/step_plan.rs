@@ -31,6 +31,8 @@ pub struct PlannedSequence {
     pub context_len: u32,
     /// Query tokens at positions `context_len..context_len + token_ids.len()`; never empty.
     pub token_ids: Vec<u32>,
+    /// `Some(row)`: the first of them is what this row of the step before draws, which is not over yet; its place in `token_ids` holds 0.
+    pub pending_row: Option<u32>,
     /// Blocks of positions `0..context_len + token_ids.len()`.
     pub block_table: Vec<u32>,
     /// Query tokens (indices into `token_ids`, ascending) whose logits are wanted.
@@ -66,6 +68,7 @@ impl StepPlan {
             hasher.write_u32(sequence.choice.to_le());
             hasher.write_u32(sequence.context_len.to_le());
             write_list(&mut hasher, sequence.token_ids.iter().copied());
+            write_list(&mut hasher, sequence.pending_row.into_iter());
             write_list(&mut hasher, sequence.block_table.iter().copied());
             write_list(&mut hasher, sequence.logits_rows.iter().copied());
         }
@@ -90,6 +93,7 @@ mod tests {
             choice: 1,
             context_len: 16,
             token_ids: vec![5, 6],
+            pending_row: None,
             block_table: vec![2, 9],
             logits_rows: vec![1],
         };
@@ -106,13 +110,14 @@ mod tests {
         // The value is part of what ranks compare: a change here is a change of the protocol.
         assert_eq!(plan().digest(), plan().digest());
         type Edit = fn(&mut StepPlan);
-        let edits: [Edit; 9] = [
+        let edits: [Edit; 10] = [
             |p| p.step = 8,
             |p| p.block_size = 32,
             |p| p.sequences[0].request = 4,
             |p| p.sequences[0].choice = 0,
             |p| p.sequences[0].context_len = 17,
             |p| p.sequences[0].token_ids = vec![5],
+            |p| p.sequences[0].pending_row = Some(0),
             |p| p.sequences[0].block_table = vec![9, 2],
             |p| p.sequences[0].logits_rows = vec![],
             |p| p.block_copies.clear(),

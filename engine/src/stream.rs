@@ -149,7 +149,7 @@ impl RequestStream {
         };
         let finished = events.iter().filter(|event| matches!(event, Event::Finished { .. })).count();
         self.unfinished_choices = self.unfinished_choices.saturating_sub(finished as u32);
-        // Pairs with the fence in `has_channel_room`: room is made above, the wish is read below.
+        // Pairs with the fence in `has_room`: room is made above, the wish is read below.
         fence(Ordering::SeqCst);
         if self.shared.wants_room.swap(false, Ordering::SeqCst) {
             let _ = self.commands.send(Command::Wake);
@@ -177,7 +177,7 @@ impl Outlet {
         if self.unsent.is_empty() {
             return true;
         }
-        if !self.has_room_for(1) {
+        if !self.has_room() {
             return false;
         }
         // An error means that the reader is gone; its cancellation is on the way.
@@ -198,22 +198,18 @@ impl Outlet {
         }
     }
 
-    /// Whether the events of one more step can be sent: with those that wait already, or after them if these leave
-    /// by themselves in between. When not, the reader wakes the step thread once it has read.
-    pub(crate) fn has_room(&self, flushes_before: bool) -> bool {
-        self.has_room_for(1 + usize::from(flushes_before && !self.unsent.is_empty()))
-    }
-
-    fn has_room_for(&self, messages: usize) -> bool {
-        // Only the step thread sends: room seen before a step is there after it.
-        if self.sender.capacity() >= messages {
+    /// Whether the reader has room for the events of one more step. When not, it wakes the step thread once it has read.
+    pub(crate) fn has_room(&self) -> bool {
+        // Only the step thread sends: room seen before a step is there after it. What a step that is still pending brings goes with the
+        // next one's if it finds none.
+        if self.sender.capacity() > 0 {
             return true;
         }
         // The wish first, then a second look: a reader that read in between either sees the wish or made this
         // room.
         self.shared.wants_room.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        self.sender.capacity() >= messages
+        self.sender.capacity() > 0
     }
 }
 
@@ -235,7 +231,7 @@ mod tests {
             outlet.push(token(i));
             assert!(outlet.flush());
         }
-        assert!(!outlet.has_room(false));
+        assert!(!outlet.has_room());
         outlet.push(Event::Finished { choice: 0, reason: FinishReason::Length });
         assert!(!outlet.flush());
         assert_eq!(reader.blocking_next(), Some(vec![token(0)]));

@@ -8,6 +8,8 @@
 pub struct ForwardBatch {
     /// `[T]` input tokens, sequence after sequence.
     pub token_ids: Vec<u32>,
+    /// Tokens that are still being drawn, `(index, row)`: `token_ids[index]` is what row `row` of the draws of the step before comes to.
+    pub pending_tokens: Vec<(u32, u32)>,
     /// `[T]` position of each token in its sequence.
     pub positions: Vec<u32>,
     /// `[S + 1]` where each sequence's tokens begin in the step.

@@ -99,7 +99,7 @@ fn logits(files: &ModelFiles) -> Vec<u32> {
         block_table_offsets: vec![0, 1],
         slot_mapping: (0..6).collect(),
         logits_rows: (0..6).collect(),
-        block_copies: vec![],
+        ..ForwardBatch::default()
     };
     llama.forward(&cpu, &batch, &mut kv).iter().map(|logit| logit.to_bits()).collect()
 }

@@ -72,22 +72,23 @@ def bench_rows(suite, arguments, limit_s):
     return json.loads(out)["results"]
 
 
-def decode(*concurrency, requests=None, of=BF16, batched_tokens=2048):
+def decode(*concurrency, requests=None, of=BF16, batched_tokens=2048, name="decode", more=()):
     """Decode while all of so many sequences decode, in the process of the engine; two or three rounds without `requests`."""
 
     def bench(suite):
         sizes, floors = suite.sizes, suite.floors(of)
         prompt, output = sizes["decode_prompt"], sizes["decode_output"]
         at_once = sorted({suite.scaled(n) for n in concurrency})
-        arguments = [*suite.model_arguments(batched_tokens), *of.flags, "--prompt-tokens", prompt, "--output-tokens", output,
+        arguments = [*suite.model_arguments(batched_tokens), *of.flags, *more, "--prompt-tokens", prompt, "--output-tokens", output,
                      "--concurrency", ",".join(map(str, at_once)), "--max-num-seqs", max(at_once)]
         if requests:
             arguments += ["--num-requests", suite.scaled(requests)]
         for row in bench_rows(suite, arguments, 240):
             batch, rate = row["concurrency"], row["decode_tokens_per_second"]
             step_s = floors.decode_s(batch, prompt + output / 2)
-            yield measured(f"{of.name}decode, batch {batch}, context {prompt}", rate, "tok/s", step_s and batch / step_s,
+            yield measured(f"{of.name}{name}, batch {batch}, context {prompt}", rate, "tok/s", step_s and batch / step_s,
                            step_ms=1000 * batch / rate if rate else None, outside_of_model=row["overhead"]["total"],
+                           overlapped_steps=row["overhead"]["overlapped_steps"],
                            prefill_tokens_per_s=row["prefill_tokens_per_second"])
 
     return bench

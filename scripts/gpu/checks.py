@@ -109,6 +109,9 @@ def repeats(suite):
         for length in (3, 20, 60, 150):
             first = greedy(server, 1, length), server.scores(prompt_of(2, length))[0]
             for _ in range(8):
+                # The host answers what wants log-probabilities; without, each step is begun before the last is over.
+                if tokens(server, 1, length, temperature=0) != first[0][0][:12]:
+                    raise Failed(f"a prompt of {length} tokens has other tokens when steps overlap")
                 if (greedy(server, 1, length), server.scores(prompt_of(2, length))[0]) != first:
                     raise Failed(f"a prompt of {length} tokens has other answers when it is sent again")
     return {"prompts": 8, "times": 9}

@@ -186,6 +186,7 @@ class Suite:
             ("fp8: decode", 30, benchmarks.decode(1, 64, of=FP8)),
             ("fp8: server", 60, benchmarks.server(of=FP8)),
             ("decode of many", 30, benchmarks.decode(256, requests=256, batched_tokens=16384)),
+            ("decode without overlap", 30, benchmarks.decode(1, 64, name="decode without overlap", more=["--no-async-scheduling"])),
             ("transformers", 40, benchmarks.transformers),
         ]
         if self.small:

@@ -63,7 +63,7 @@ fn logits(model: &str, isa: Isa, chunk: usize, ids: &[u32]) -> Vec<f32> {
             block_table_offsets: vec![0, num_blocks as u32],
             slot_mapping: positions.map(slot).collect(),
             logits_rows: (0..len).collect(),
-            block_copies: vec![],
+            ..ForwardBatch::default()
         };
         all.extend_from_slice(llama.forward(&cpu, &batch, &mut kv));
     }

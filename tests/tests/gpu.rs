@@ -231,7 +231,43 @@ fn graphs_change_nothing() {
     assert_eq!(scores(&with, &prompt), scores(&without, &prompt));
 }
 
-/// A draw on the GPU is that of the host, which answers as soon as log-probabilities are wanted, too.
+/// A step is begun before the tokens of the last one are known, which it takes on the GPU.
+#[test]
+fn steps_are_planned_beside_the_gpu() {
+    let _turn = turn();
+    let overlapped = |more: &[&str]| -> f64 {
+        let mut flags = SMALL.map(str::to_owned).to_vec();
+        replace_flags(&mut flags, &["--max-num-seqs", "2", "--max-num-batched-tokens", "16"]);
+        let mut bench = Command::new(binary());
+        bench
+            .arg("bench")
+            .arg(golden_path("dummy-d64"))
+            .args(["--device", "cuda", "--format", "json"])
+            .args(SMALL);
+        bench.args([
+            "--prompt-tokens",
+            "8",
+            "--output-tokens",
+            "24",
+            "--concurrency",
+            "2",
+            "--num-requests",
+            "2",
+        ]);
+        let output =
+            bench.args(more).envs(stand_in::environment(1, MEMORY)).output().expect("the binary runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        report["results"][0]["overhead"]["overlapped_steps"].as_f64().expect("a share")
+    };
+    // The first step after a prompt has to wait for it.
+    let share = overlapped(&[]);
+    assert!(share > 0.8 && share < 1.0, "{share}");
+    assert_eq!(overlapped(&["--no-async-scheduling"]), 0.0);
+}
+
+/// A draw on the GPU is that of the host, which answers as soon as log-probabilities are wanted, too; the host's steps wait for each
+/// other.
 #[test]
 fn tokens_are_drawn_as_on_the_host() {
     let _turn = turn();

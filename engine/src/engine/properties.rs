@@ -108,8 +108,8 @@ impl Troublemaker {
     }
 }
 
-/// One whole run; the last snapshot, for what happened in it.
-fn run(seed: u64, with_breaks: bool) -> Snapshot {
+/// One whole run; for what happened in it, the last snapshot, and how many steps were begun before the last was over.
+fn run(seed: u64, with_breaks: bool) -> (Snapshot, u64) {
     let mut rng = Rng(seed);
     let mut config = random_config(&mut rng);
     let mut troublemaker = with_breaks.then(|| {
@@ -167,7 +167,7 @@ fn run(seed: u64, with_breaks: bool) -> Snapshot {
     assert_eq!(snapshot.group_breaks, faults.group.breaks.load(Ordering::Relaxed), "seed {seed}");
     assert_eq!(snapshot.stream_resumes, faults.group.resumes.load(Ordering::Relaxed), "seed {seed}");
     assert!(!snapshot.errored.contains_key(&FailureKind::Unavailable), "seed {seed}: a break fails nobody");
-    (*snapshot).clone()
+    ((*snapshot).clone(), faults.steps_overtaken.load(Ordering::Relaxed))
 }
 
 fn behave(client: &mut Client, behaviour: &Behaviour, round: usize) {
@@ -210,7 +210,8 @@ fn check_totals(snapshot: &Snapshot, clients: &[(Client, Behaviour)], seed: u64)
 
 #[test]
 fn random_runs_give_every_request_the_tokens_it_would_get_alone() {
-    let snapshots: Vec<Snapshot> = (0..400).map(|seed| run(seed, false)).collect();
+    let (snapshots, overtaken): (Vec<Snapshot>, Vec<u64>) = (0..400).map(|seed| run(seed, false)).unzip();
+    assert!(overtaken.iter().filter(|steps| **steps > 5).count() > 100, "{overtaken:?}");
     let sum = |count: fn(&Snapshot) -> u64| snapshots.iter().map(count).sum::<u64>();
     // The runs are worth something only if these happened, often.
     assert!(sum(|s| s.preemptions) > 200, "{} preemptions", sum(|s| s.preemptions));
@@ -225,7 +226,8 @@ fn random_runs_give_every_request_the_tokens_it_would_get_alone() {
 
 #[test]
 fn breaks_of_the_group_change_no_token_and_end_no_stream() {
-    let snapshots: Vec<Snapshot> = (1000..1500).map(|seed| run(seed, true)).collect();
+    let (snapshots, overtaken): (Vec<Snapshot>, Vec<u64>) = (1000..1500).map(|seed| run(seed, true)).unzip();
+    assert!(overtaken.iter().filter(|steps| **steps > 5).count() > 100, "{overtaken:?}");
     let sum = |count: fn(&Snapshot) -> u64| snapshots.iter().map(count).sum::<u64>();
     assert!(sum(|s| s.group_breaks) > 1000, "{} breaks", sum(|s| s.group_breaks));
     assert!(sum(|s| s.stream_resumes) > 1000, "{} resumes", sum(|s| s.stream_resumes));

@@ -82,6 +82,7 @@ impl Engine {
         if !self.group.is_ready() {
             return;
         }
+        self.forget_pending();
         self.scheduler.reset();
         self.group.phase = Phase::Lost;
         self.shared.set_admits(false);
@@ -147,8 +148,9 @@ impl Engine {
     pub(super) fn note_resumes(&mut self, schedule: &Schedule) {
         self.end_outage();
         for key in &schedule.keys {
-            let request = self.requests.get_mut(&key.serial).expect("planned sequences have a request");
-            if std::mem::take(&mut request.is_interrupted) {
+            // Who left while the step was computed does not go on.
+            let request = self.requests.get_mut(&key.serial);
+            if request.is_some_and(|request| std::mem::take(&mut request.is_interrupted)) {
                 self.recorder.resumed();
             }
         }

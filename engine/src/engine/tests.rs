@@ -341,5 +341,6 @@ fn latencies_and_rates_are_those_of_the_clock() {
     assert_eq!(bench.handle.snapshot().tokens_per_second, 0.0);
 }
 
+mod beside;
 mod breaks;
 mod readers;

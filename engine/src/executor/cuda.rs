@@ -1,14 +1,15 @@
 //! One rank on a GPU, in the process of the engine, behind [`Executor`].
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use tandem_kernels::comm::DeviceCommError;
 use tandem_kernels::cuda::{CudaError, Pause};
 use tandem_models::ForwardBatch;
 
-use super::cuda_step::CudaStep;
+use super::cuda_step::{CudaStep, QueuedStep};
 use super::prepare::prepare;
-use super::{Executor, StepOutput};
+use super::{Begun, Executor, StepOutput};
 use crate::error::{ExecutorError, ExecutorErrorKind};
 use crate::sample_row::SampleRow;
 use crate::step_plan::StepPlan;
@@ -16,45 +17,60 @@ use crate::step_plan::StepPlan;
 /// A step that takes longer hangs: the step thread counts as dead after two minutes, and this is to be said before.
 pub(crate) const STEP_DEADLINE: Duration = Duration::from_secs(100);
 
+/// How long the engine waits for what nobody wants any more.
+const LAST_STEPS: Duration = Duration::from_secs(5);
+
 /// Runs plans on a GPU.
 pub(crate) struct CudaExecutor {
     step: CudaStep,
     batch: ForwardBatch,
-    /// When the step was begun.
-    start: Instant,
+    /// Steps that were begun, and when.
+    queued: VecDeque<(QueuedStep, Instant)>,
+    /// When the last step was done.
+    last_done: Instant,
 }
 
 impl CudaExecutor {
     /// Takes a model that has its KV memory.
     pub(crate) fn new(step: CudaStep) -> Self {
-        Self { step, batch: ForwardBatch::default(), start: Instant::now() }
+        Self { step, batch: ForwardBatch::default(), queued: VecDeque::new(), last_done: Instant::now() }
     }
 }
 
 impl Executor for CudaExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
         self.begin(plan, rows)?;
-        self.finish(plan, rows)
+        self.finish()
     }
 
-    fn begin(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<bool, ExecutorError> {
+    fn begin(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<Begun, ExecutorError> {
         prepare(plan, &mut self.batch);
-        self.start = Instant::now();
-        self.step.queue(&self.batch, rows, None)?;
-        Ok(true)
+        let start = Instant::now();
+        let queued = self.step.queue(&self.batch, rows, None)?;
+        let keeps_tokens = queued.keeps_tokens();
+        self.queued.push_back((queued, start));
+        Ok(Begun::Step { keeps_tokens })
     }
 
-    fn finish(&mut self, _: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
-        if !wait_for_device(&self.step)? {
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        let (queued, start) = self.queued.pop_front().expect("a step was begun");
+        if !wait_for_device(&self.step, &queued)? {
             let message = format!("the GPU was not done with a step in {} s", STEP_DEADLINE.as_secs());
             return Err(ExecutorError { message, kind: ExecutorErrorKind::Fatal });
         }
-        let forward = self.start.elapsed();
-        Ok(StepOutput { rows: self.step.collect(&self.batch, rows)?, forward })
+        let since = start.max(self.last_done);
+        self.last_done = Instant::now();
+        Ok(StepOutput { rows: self.step.collect(&queued)?, forward: self.last_done - since })
     }
 
-    // After an error the device is of no use to this process any more.
-    fn abort(&mut self) {}
+    // After an error the device is of no use to this process any more. What is still queued when the engine stops is waited for, or
+    // buffers would go under it.
+    fn abort(&mut self) {
+        self.queued.clear();
+        if !self.step.model.runner().cuda().is_idle_within(LAST_STEPS).unwrap_or(true) {
+            tracing::warn!("the GPU is not done with the last steps");
+        }
+    }
 
     fn poison_blocks(&mut self, blocks: &[u32]) {
         if let Err(error) = self.step.model.fill_nan(blocks) {
@@ -63,9 +79,9 @@ impl Executor for CudaExecutor {
     }
 }
 
-/// Waits until a step is done; false if that takes too long.
-pub(crate) fn wait_for_device(step: &CudaStep) -> Result<bool, CudaError> {
-    Pause::until(STEP_DEADLINE, || step.is_done())
+/// Waits until a queued step is done; false if that takes too long.
+pub(crate) fn wait_for_device(step: &CudaStep, queued: &QueuedStep) -> Result<bool, CudaError> {
+    Pause::until(STEP_DEADLINE, || step.is_done(queued))
 }
 
 /// An error of the device says nothing of what else is wrong with it, and often nothing works afterwards: the process ends, and

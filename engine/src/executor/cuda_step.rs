@@ -6,13 +6,13 @@
 use tandem_kernels::comm::DeviceCommError;
 use tandem_kernels::cpu::Cpu;
 use tandem_kernels::cuda::launcher::{SampleRow as DeviceRow, TokenBias, UsedToken};
-use tandem_kernels::cuda::{CudaError, Drawn, PinnedBuffer, Sampler};
+use tandem_kernels::cuda::{CudaError, Drawn, PinnedBuffer, QueuedDraws, Sampler};
 use tandem_models::{CudaLlama, ForwardBatch, Others};
 
 use super::SampledToken;
 use crate::error::RowError;
 use crate::executor::sample::RowSampler;
-use crate::sample_row::{Draw, RowKind, SampleRow};
+use crate::sample_row::{Draw, OwnedRow, RowKind, SampleRow};
 
 /// A model on a GPU, and what draws from its logits.
 pub(crate) struct CudaStep {
@@ -23,8 +23,22 @@ pub(crate) struct CudaStep {
     on_host: RowSampler,
     /// f32 `[R, V]`, of rows that the host answers.
     logits: PinnedBuffer,
-    /// Of the step's rows, those that the host answers.
-    host_rows: Vec<usize>,
+}
+
+/// A step that was queued.
+pub(crate) struct QueuedStep {
+    draws: QueuedDraws,
+    num_rows: usize,
+    num_logits_rows: usize,
+    /// Rows that the host answers, with their places among all.
+    host_rows: Vec<(usize, OwnedRow)>,
+}
+
+impl QueuedStep {
+    /// Whether every token that it draws stays on the device.
+    pub(crate) fn keeps_tokens(&self) -> bool {
+        self.host_rows.is_empty()
+    }
 }
 
 impl CudaStep {
@@ -32,13 +46,14 @@ impl CudaStep {
     ///
     /// # Errors
     /// [`CudaError`]: memory.
-    pub(crate) fn new(cpu: Cpu, model: CudaLlama, max_rows: usize) -> Result<Self, CudaError> {
+    pub(crate) fn new(cpu: Cpu, mut model: CudaLlama, max_rows: usize) -> Result<Self, CudaError> {
         let vocab_size = model.config().vocab_size;
         let cuda = model.runner().cuda();
         let logits = cuda.alloc_pinned(4 * model.options().max_logits_rows * vocab_size)?;
         let on_device = Sampler::new(cuda, vocab_size, max_rows)?;
         let on_host = RowSampler::new(&cpu, vocab_size);
-        Ok(Self { cpu, model, on_device, on_host, logits, host_rows: Vec::new() })
+        model.set_drawn_tokens(on_device.drawn_tokens().clone());
+        Ok(Self { cpu, model, on_device, on_host, logits })
     }
 
     /// Threads that answer what the GPU does not.
@@ -46,7 +61,7 @@ impl CudaStep {
         self.cpu.threads()
     }
 
-    /// Queues a step, and the way back of what comes of it.
+    /// Queues a step, and the way back of what comes of it. Two may be queued and not collected, if all rows of the first are the GPU's.
     ///
     /// # Errors
     /// Those of the GPU and of the other ranks.
@@ -55,84 +70,81 @@ impl CudaStep {
         batch: &ForwardBatch,
         rows: &[SampleRow<'_>],
         others: Others<'_>,
-    ) -> Result<(), DeviceCommError> {
-        self.share_out(rows);
+    ) -> Result<QueuedStep, DeviceCommError> {
+        let host_rows = self.share_out(rows);
+        self.on_device.upload()?;
         self.model.forward(batch, others)?;
-        Ok(self.queue_answers(batch, rows)?)
+        let num_logits_rows = batch.logits_rows.len();
+        let draws = self.queue_answers(num_logits_rows, &host_rows)?;
+        Ok(QueuedStep { draws, num_rows: rows.len(), num_logits_rows, host_rows })
     }
 
-    /// Decides who answers which row, and gives the GPU its own.
-    fn share_out(&mut self, rows: &[SampleRow<'_>]) {
+    /// Decides who answers which row, and gives the GPU its own; the others.
+    fn share_out(&mut self, rows: &[SampleRow<'_>]) -> Vec<(usize, OwnedRow)> {
         self.on_device.clear();
-        self.host_rows.clear();
+        let mut host_rows = Vec::new();
         for (index, row) in rows.iter().enumerate() {
             match &row.kind {
                 RowKind::Sample(draw) if row.logprobs.is_none() && has_room(&self.on_device, draw) => {
                     push(&mut self.on_device, row.logits_row, draw);
                 }
-                RowKind::Sample(_) | RowKind::Score { .. } => self.host_rows.push(index),
+                RowKind::Sample(_) | RowKind::Score { .. } => host_rows.push((index, OwnedRow::of(row))),
             }
         }
+        host_rows
     }
 
     /// Queues the draws, and the way back of what comes of the step.
-    fn queue_answers(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<(), CudaError> {
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let logits = self.model.logits(batch.logits_rows.len());
-        self.on_device.draw(self.model.runner(), logits)?;
+    fn queue_answers(
+        &mut self,
+        num_logits_rows: usize,
+        host_rows: &[(usize, OwnedRow)],
+    ) -> Result<QueuedDraws, CudaError> {
+        let logits = self.model.logits(num_logits_rows);
         let vocab_size = self.model.config().vocab_size;
         let mut last = None;
-        for index in &self.host_rows {
-            let row = rows[*index].logits_row as usize;
+        for (_, row) in host_rows {
+            let row = row.logits_row as usize;
             // Neighbours often want the same row.
             if last.replace(row) != Some(row) {
                 let values = row * vocab_size..(row + 1) * vocab_size;
                 logits.slice(values.clone()).download(&mut self.logits, 4 * values.start)?;
             }
         }
-        Ok(())
+        // What comes back last tells that all is done.
+        self.on_device.draw(self.model.runner(), logits)
     }
 
-    /// Whether what was queued is done.
+    /// Whether a queued step is done.
     ///
     /// # Errors
     /// [`CudaError`], also for what went wrong in it.
-    pub(crate) fn is_done(&self) -> Result<bool, CudaError> {
-        // What comes back last tells, and costs less to ask; but not every step brings something back.
-        match self.host_rows.is_empty() && self.on_device.num_rows() > 0 {
-            true => self.on_device.is_ready(),
-            false => self.model.runner().cuda().is_idle(),
-        }
+    pub(crate) fn is_done(&self, step: &QueuedStep) -> Result<bool, CudaError> {
+        self.on_device.is_ready(step.draws)
     }
 
-    /// What came of each row of the step that was queued last.
+    /// What came of each row of a queued step.
     ///
     /// # Errors
     /// [`CudaError`].
     pub(crate) fn collect(
         &mut self,
-        batch: &ForwardBatch,
-        rows: &[SampleRow<'_>],
+        step: &QueuedStep,
     ) -> Result<Vec<Result<SampledToken, RowError>>, CudaError> {
-        if rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut answers = vec![Err(RowError::NotFinite); rows.len()];
-        let mut drawn = self.on_device.answers()?;
-        let mut host_rows = self.host_rows.iter().peekable();
+        let mut answers = vec![Err(RowError::NotFinite); step.num_rows];
+        let mut drawn = self.on_device.answers(step.draws)?;
+        let mut host_rows = step.host_rows.iter().peekable();
         for (index, answer) in answers.iter_mut().enumerate() {
-            if host_rows.next_if_eq(&&index).is_none() {
+            if host_rows.next_if(|(row, _)| *row == index).is_none() {
                 *answer = answer_of(drawn.next().expect("an answer for each row"));
             }
         }
-        if !self.host_rows.is_empty() {
-            let len = batch.logits_rows.len() * self.model.config().vocab_size;
+        if !step.host_rows.is_empty() {
+            let len = step.num_logits_rows * self.model.config().vocab_size;
             let logits = self.logits.read::<f32>(0, len)?;
-            let wanted: Vec<SampleRow<'_>> = self.host_rows.iter().map(|index| rows[*index]).collect();
+            let wanted: Vec<SampleRow<'_>> = step.host_rows.iter().map(|(_, row)| row.borrow()).collect();
             let found = self.on_host.sample(&self.cpu, logits, &wanted);
-            self.host_rows.iter().zip(found).for_each(|(index, found)| answers[*index] = found);
+            step.host_rows.iter().zip(found).for_each(|((index, _), found)| answers[*index] = found);
         }
         Ok(answers)
     }

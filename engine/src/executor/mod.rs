@@ -8,7 +8,7 @@ pub(crate) mod sample;
 
 use std::time::Duration;
 
-use crate::error::{ExecutorError, RowError};
+use crate::error::{ExecutorError, ExecutorErrorKind, RowError};
 use crate::sample_row::SampleRow;
 use crate::step_plan::StepPlan;
 use crate::stream::TokenLogprobs;
@@ -21,15 +21,15 @@ pub trait Executor: Send {
     /// NaN included.
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError>;
 
-    /// The first half of [`Executor::run`], where a device computes beside the engine: begins a step and does not wait. False if there
-    /// is no such device: nothing was begun, and `run` does it all.
-    fn begin(&mut self, _plan: &StepPlan, _rows: &[SampleRow<'_>]) -> Result<bool, ExecutorError> {
-        Ok(false)
+    /// The first half of [`Executor::run`], where a device computes beside the engine: begins a step and does not wait. One more may be
+    /// begun before it is finished; the device computes them in this order, and what else it is told in between too.
+    fn begin(&mut self, _plan: &StepPlan, _rows: &[SampleRow<'_>]) -> Result<Begun, ExecutorError> {
+        Ok(Begun::Nothing)
     }
 
-    /// The other half: waits for the step that was begun, which was of the same plan and rows.
-    fn finish(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
-        self.run(plan, rows)
+    /// The other half: waits for the step that was begun first of those not finished.
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        Err(ExecutorError { message: "no step was begun".into(), kind: ExecutorErrorKind::Fatal })
     }
 
     /// How the executor is. Called before every step, and at least ten times a second while nothing runs;
@@ -39,12 +39,25 @@ pub trait Executor: Send {
         ExecutorStatus::Ready { epoch: 0, admits: true }
     }
 
-    /// Gives up whatever a failed step left half done; called after `run` failed and when the engine stops.
+    /// Gives up whatever failed steps left half done, and all that were begun; called after one failed, when the group was lost, and when
+    /// the engine stops.
     fn abort(&mut self);
 
     /// Overwrites the KV of these blocks with NaN (tests switch it on). Called between steps, before the plan
     /// that may use them again.
     fn poison_blocks(&mut self, blocks: &[u32]);
+}
+
+/// What [`Executor::begin`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// No device computes beside the engine: nothing was begun, and [`Executor::run`] does it all.
+    Nothing,
+    /// The step.
+    Step {
+        /// Every token that it draws stays on the device, where the next step finds it ([`StepPlan`]'s `pending_row`).
+        keeps_tokens: bool,
+    },
 }
 
 /// Whether an executor can run steps.

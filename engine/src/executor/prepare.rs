@@ -17,6 +17,7 @@ pub(crate) fn prepare(plan: &StepPlan, batch: &mut ForwardBatch) {
 
 fn clear(batch: &mut ForwardBatch) {
     batch.token_ids.clear();
+    batch.pending_tokens.clear();
     batch.positions.clear();
     batch.cu_seqlens.clear();
     batch.context_lens.clear();
@@ -35,6 +36,7 @@ fn append(sequence: &PlannedSequence, block_size: u32, batch: &mut ForwardBatch)
     };
 
     batch.token_ids.extend_from_slice(&sequence.token_ids);
+    batch.pending_tokens.extend(sequence.pending_row.map(|row| (first_row, row)));
     batch.slot_mapping.extend(positions.clone().map(slot));
     batch.positions.extend(positions);
     batch.context_lens.push(sequence.context_len);
@@ -60,7 +62,8 @@ mod tests {
         };
         let decode = PlannedSequence {
             context_len: 16,
-            token_ids: vec![3],
+            token_ids: vec![0],
+            pending_row: Some(6),
             block_table: vec![1, 7],
             logits_rows: vec![0],
             ..PlannedSequence::default()
@@ -68,7 +71,8 @@ mod tests {
         let copies = vec![BlockCopy { source: 1, destination: 7 }];
         let plan = StepPlan { step: 0, block_size: 16, sequences: vec![chunk, decode], block_copies: copies };
         let expected = ForwardBatch {
-            token_ids: vec![5, 6, 7, 8, 3],
+            token_ids: vec![5, 6, 7, 8, 0],
+            pending_tokens: vec![(4, 6)],
             positions: vec![14, 15, 16, 17, 16],
             cu_seqlens: vec![0, 4, 5],
             context_lens: vec![14, 16],

@@ -12,8 +12,8 @@ use super::agent::{Done, Job};
 use super::device::{Forming, ShardDevice, ShardError};
 use super::mesh::Mesh;
 use super::message::{Answer, MemberAddress, Step};
-use super::rows::OwnedRow;
 use crate::executor::prepare::prepare;
+use crate::sample_row::OwnedRow;
 use crate::step_plan::PlannedSequence;
 
 /// How long the computing thread stays awake for the next step.
@@ -149,6 +149,8 @@ impl Compute<'_> {
             let end = sequence.context_len as usize + sequence.token_ids.len();
             !sequence.token_ids.is_empty()
                 && sequence.token_ids.iter().all(|id| (*id as usize) < vocab_size)
+                // A rank has finished every step before it is given the next.
+                && sequence.pending_row.is_none()
                 && sequence.block_table.len() == end.div_ceil(block_size)
                 && sequence.block_table.iter().all(is_block)
                 && sequence.logits_rows.iter().all(|row| (*row as usize) < sequence.token_ids.len())
@@ -164,7 +166,7 @@ impl Compute<'_> {
         }
         let num_rows = plan.num_logits_rows();
         let row_fits = |row: &OwnedRow| {
-            (row.logits_row() as usize) < num_rows && row.token_ids().all(|id| (id as usize) < vocab_size)
+            (row.logits_row as usize) < num_rows && row.token_ids().all(|id| (id as usize) < vocab_size)
         };
         if step.rows.iter().all(row_fits) {
             Ok(())

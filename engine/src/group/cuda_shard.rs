@@ -13,7 +13,7 @@ use tandem_models::ForwardBatch;
 use super::cpu_shard::COLLECTIVE_TIMEOUT;
 use super::device::{Forming, ShardDevice, ShardError, ShardOutput};
 use crate::executor::cuda::{STEP_DEADLINE, wait_for_device};
-use crate::executor::cuda_step::CudaStep;
+use crate::executor::cuda_step::{CudaStep, QueuedStep};
 use crate::sample_row::SampleRow;
 
 /// How long an aborted communicator may take to let the device go.
@@ -214,15 +214,16 @@ impl ShardDevice for CudaShard {
             return Err(ShardError::Failed("no group was formed".into()));
         };
         let start = Instant::now();
-        self.step
+        let queued = self
+            .step
             .queue(batch, rows, Some(others.collectives()))
             .map_err(|error| of_step(&self.step, error))?;
-        if let Err(error) = others.wait(&self.step) {
+        if let Err(error) = others.wait(&self.step, &queued) {
             others.give_up();
             return Err(of_step(&self.step, error));
         }
         let forward = start.elapsed();
-        Ok(ShardOutput { forward, rows: self.step.collect(batch, rows).map_err(of_device)? })
+        Ok(ShardOutput { forward, rows: self.step.collect(&queued).map_err(of_device)? })
     }
 
     fn fill_nan(&mut self, blocks: &[u32]) {
@@ -259,10 +260,10 @@ impl Connected {
     }
 
     /// Waits until a step is done, while it looks whether the communicator was given up or has failed.
-    fn wait(&self, step: &CudaStep) -> Result<(), DeviceCommError> {
+    fn wait(&self, step: &CudaStep, queued: &QueuedStep) -> Result<(), DeviceCommError> {
         match self {
-            Self::Nccl(sums) => sums.others.0.wait(STEP_DEADLINE, || step.is_done())?,
-            Self::Host(_) if wait_for_device(step)? => {}
+            Self::Nccl(sums) => sums.others.0.wait(STEP_DEADLINE, || step.is_done(queued))?,
+            Self::Host(_) if wait_for_device(step, queued)? => {}
             Self::Host(_) => {
                 let ms = STEP_DEADLINE.as_millis();
                 return Err(NcclError::Timeout { what: "a step", ms }.into());

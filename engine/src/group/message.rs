@@ -9,15 +9,15 @@ use std::time::Duration;
 use tandem_wire::Incarnation;
 use tandem_wire::codec::{DecodeError, Decoder, Encoder};
 
-use super::rows::{OwnedRow, decode_rows, encode_rows};
+use super::rows::{decode_rows, encode_rows};
 use crate::error::RowError;
 use crate::executor::SampledToken;
-use crate::sample_row::SampleRow;
+use crate::sample_row::{OwnedRow, SampleRow};
 use crate::step_plan::{BlockCopy, PlannedSequence, StepPlan};
 use crate::stream::TokenLogprobs;
 
 /// Two processes of one group speak the same version; a change of any message changes it.
-pub(crate) const PROTOCOL_VERSION: u32 = 2;
+pub(crate) const PROTOCOL_VERSION: u32 = 3;
 
 /// From a rank to its leader.
 #[derive(Debug, Clone, PartialEq)]
@@ -323,7 +323,8 @@ fn encode_plan(plan: &StepPlan, out: &mut Encoder) {
     out.u32(plan.block_size);
     out.list(&plan.sequences, |out, sequence| {
         out.u64(sequence.request).u32(sequence.choice).u32(sequence.context_len);
-        out.u32s(&sequence.token_ids).u32s(&sequence.block_table).u32s(&sequence.logits_rows)
+        out.u32s(&sequence.token_ids).option(sequence.pending_row, Encoder::u32);
+        out.u32s(&sequence.block_table).u32s(&sequence.logits_rows)
     });
     out.list(&plan.block_copies, |out, copy| out.u32(copy.source).u32(copy.destination));
 }
@@ -332,12 +333,13 @@ fn decode_plan(input: &mut Decoder<'_>) -> Result<StepPlan, DecodeError> {
     Ok(StepPlan {
         step: input.u64()?,
         block_size: input.u32()?,
-        sequences: input.list(28, |input| {
+        sequences: input.list(29, |input| {
             Ok(PlannedSequence {
                 request: input.u64()?,
                 choice: input.u32()?,
                 context_len: input.u32()?,
                 token_ids: input.u32s()?,
+                pending_row: input.option(Decoder::u32)?,
                 block_table: input.u32s()?,
                 logits_rows: input.u32s()?,
             })
@@ -392,6 +394,7 @@ mod tests {
             choice,
             context_len: 16,
             token_ids: vec![5, 6],
+            pending_row: (choice == 1).then_some(3),
             block_table: vec![2, 9],
             logits_rows: vec![1],
         };

@@ -1,88 +1,9 @@
-//! Sampling rows on their way to the rank that draws: the same as [`SampleRow`], owning what that borrows.
+//! Sampling rows on their way to the rank that draws.
 
 use tandem_wire::codec::{DecodeError, Decoder, Encoder};
 
 use crate::penalties::TokenUse;
-use crate::sample_row::{Draw, NoiseKey, RowKind, SampleRow};
-
-/// A [`SampleRow`] with its own lists.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct OwnedRow {
-    logits_row: u32,
-    kind: OwnedKind,
-    logprobs: Option<u32>,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-enum OwnedKind {
-    Sample(Box<OwnedDraw>),
-    Score { target: u32 },
-}
-
-#[derive(Debug, Clone, PartialEq)]
-struct OwnedDraw {
-    key: NoiseKey,
-    used_tokens: Vec<TokenUse>,
-    repetition_penalty: f32,
-    presence_penalty: f32,
-    frequency_penalty: f32,
-    logit_bias: Vec<(u32, f32)>,
-    allowed_token_ids: Option<Vec<u32>>,
-    banned_token_ids: Vec<u32>,
-    temperature: f32,
-    top_k: u32,
-    top_p: f32,
-    min_p: f32,
-}
-
-impl OwnedRow {
-    pub(crate) fn borrow(&self) -> SampleRow<'_> {
-        let kind = match &self.kind {
-            OwnedKind::Score { target } => RowKind::Score { target: *target },
-            OwnedKind::Sample(draw) => RowKind::Sample(draw.borrow()),
-        };
-        SampleRow { logits_row: self.logits_row, kind, logprobs: self.logprobs.map(|top| top as usize) }
-    }
-
-    /// Every token that it names.
-    pub(crate) fn token_ids(&self) -> impl Iterator<Item = u32> {
-        let (target, draw) = match &self.kind {
-            OwnedKind::Score { target } => (Some(*target), None),
-            OwnedKind::Sample(draw) => (None, Some(draw)),
-        };
-        let of_draw = draw.into_iter().flat_map(|draw| {
-            let used = draw.used_tokens.iter().map(|used| used.token);
-            let biased = draw.logit_bias.iter().map(|(token, _)| *token);
-            let listed = draw.allowed_token_ids.iter().flatten().chain(&draw.banned_token_ids).copied();
-            used.chain(biased).chain(listed)
-        });
-        target.into_iter().chain(of_draw)
-    }
-
-    /// Which row of logits it is about.
-    pub(crate) fn logits_row(&self) -> u32 {
-        self.logits_row
-    }
-}
-
-impl OwnedDraw {
-    fn borrow(&self) -> Draw<'_> {
-        Draw {
-            key: self.key,
-            used_tokens: &self.used_tokens,
-            repetition_penalty: self.repetition_penalty,
-            presence_penalty: self.presence_penalty,
-            frequency_penalty: self.frequency_penalty,
-            logit_bias: &self.logit_bias,
-            allowed_token_ids: self.allowed_token_ids.as_deref(),
-            banned_token_ids: &self.banned_token_ids,
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-        }
-    }
-}
+use crate::sample_row::{Draw, NoiseKey, OwnedDraw, OwnedKind, OwnedRow, RowKind, SampleRow};
 
 pub(super) fn encode_rows(rows: &[SampleRow<'_>], out: &mut Encoder) {
     out.list(rows, |out, row| {

@@ -103,6 +103,8 @@ pub struct EngineOptions {
     pub gpu_memory_utilization: f64,
     /// No graphs: every launch by itself.
     pub enforce_eager: bool,
+    /// As [`EngineConfig::async_scheduling`].
+    pub async_scheduling: bool,
     pub custom_all_reduce: CustomAllReduce,
     pub prefix_caching: bool,
     pub max_queued_requests: usize,
@@ -129,6 +131,7 @@ impl Default for EngineOptions {
             kv_cache_memory_bytes: None,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,
+            async_scheduling: config.async_scheduling,
             custom_all_reduce: CustomAllReduce::default(),
             prefix_caching: config.prefix_caching,
             max_queued_requests: config.max_queued_requests,
@@ -375,6 +378,7 @@ impl Inspected {
             block_size: plan.block_size,
             num_blocks: plan.num_blocks,
             prefix_caching: options.prefix_caching,
+            async_scheduling: options.async_scheduling,
             max_queued_requests: options.max_queued_requests,
             max_queued_bytes: options.max_queued_bytes,
             eos_token_ids: self.info.eos_token_ids.clone(),

@@ -21,10 +21,12 @@ fn add(scheduler: &mut Scheduler, priority: i32, serial: u64, prompt_len: usize)
         tokens: vec![1; prompt_len],
         prompt_len,
         context_len: 0,
+        in_flight: 0,
+        awaited: None,
         block_table: Vec::new(),
         chain: hasher().start(None),
         num_choices: 1,
-        samples: true,
+        max_len: 1000,
         num_scored: None,
         cached_tokens: None,
     });
@@ -33,13 +35,13 @@ fn add(scheduler: &mut Scheduler, priority: i32, serial: u64, prompt_len: usize)
 
 /// Runs one step in which every sequence that reaches its end draws a token; (serial, query tokens) of the
 /// plan.
-fn step_with(scheduler: &mut Scheduler, is_ready: impl Fn(&SequenceKey) -> bool) -> Vec<(u64, usize)> {
+fn step_with(scheduler: &mut Scheduler, is_ready: impl Fn(&Sequence) -> bool) -> Vec<(u64, usize)> {
     let schedule = scheduler.schedule(is_ready);
     scheduler.blocks_mut().finish_step();
     for (key, planned) in schedule.keys.iter().zip(&schedule.plan.sequences) {
         scheduler.commit(key, planned.token_ids.len());
         let sequence = scheduler.get_mut(key).unwrap();
-        if sequence.num_uncomputed() == 0 {
+        if sequence.num_unplanned() == 0 {
             sequence.tokens.push(2);
         }
     }
@@ -127,7 +129,7 @@ fn paused_sequences_keep_their_blocks_until_somebody_needs_them() {
     add(&mut scheduler, 0, 0, 9);
     add(&mut scheduler, 0, 1, 3);
     assert_eq!(step(&mut scheduler), [(0, 9), (1, 3)]);
-    let only_others = |key: &SequenceKey| key.serial != 0;
+    let only_others = |sequence: &Sequence| sequence.key.serial != 0;
     assert_eq!(step_with(&mut scheduler, only_others), [(1, 1)]);
     assert_eq!(scheduler.num_preemptions(), 0);
     // The paused one is first in order, yet it makes way for a newcomer: both places are taken.
@@ -146,7 +148,7 @@ fn paused_sequences_do_not_make_way_in_vain() {
     step(&mut scheduler);
     // 24 tokens need six blocks; with the paused one's there would be four.
     add(&mut scheduler, 0, 2, 24);
-    let only_others = |key: &SequenceKey| key.serial != 0;
+    let only_others = |sequence: &Sequence| sequence.key.serial != 0;
     assert_eq!(step_with(&mut scheduler, only_others), [(1, 1)]);
     assert_eq!(scheduler.num_preemptions(), 0);
     scheduler.remove(&active);

@@ -2,7 +2,7 @@
 //! to it, and a row's logits are computed from what the block table leads to. Anything stale, missing,
 //! poisoned or misplaced is found here.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -11,8 +11,8 @@ use super::oracle::{hash, logit, pick, repeat};
 use super::{VOCAB, oracle};
 use crate::config::EngineConfig;
 use crate::error::{ExecutorError, ExecutorErrorKind, RowError};
-use crate::executor::{Executor, ExecutorStatus, SampledToken, StepOutput};
-use crate::sample_row::{Draw, RowKind, SampleRow};
+use crate::executor::{Begun, Executor, ExecutorStatus, SampledToken, StepOutput};
+use crate::sample_row::{Draw, OwnedRow, RowKind, SampleRow};
 use crate::step_plan::{PlannedSequence, StepPlan};
 use crate::stream::TokenLogprobs;
 
@@ -26,8 +26,10 @@ pub(crate) struct Faults {
     /// Steps of a number divisible by this fail. 0 is none.
     pub(crate) fail_every: AtomicU64,
     pub(crate) fail_fatally: AtomicBool,
-    /// Steps are begun, and what they compute is seen when they are finished.
+    /// Steps are begun, and computed only when they are finished.
     pub(crate) computes_beside: AtomicBool,
+    /// Steps whose tokens the next one could take.
+    pub(crate) steps_overtaken: AtomicU64,
     /// Called while a step that was begun is under way.
     pub(crate) meanwhile: Mutex<Option<Box<dyn FnMut() + Send>>>,
     /// Milliseconds that each step takes.
@@ -45,7 +47,17 @@ pub(crate) struct FakeExecutor {
     /// `None` is NaN.
     slots: Vec<Option<Slot>>,
     group: FakeGroup,
+    /// What the device is to do, in order.
+    queue: VecDeque<Order>,
+    /// What each row of the last step drew.
+    drawn: Vec<u32>,
     faults: Arc<Faults>,
+}
+
+/// What a device has been told.
+enum Order {
+    Step(StepPlan, Vec<OwnedRow>),
+    Poison(Vec<u32>),
 }
 
 /// What stands in for one token's KV.
@@ -76,6 +88,8 @@ impl FakeExecutor {
             max_logits_rows,
             slots: vec![Some(GARBAGE); config.num_blocks * config.block_size],
             group: FakeGroup::new(),
+            queue: VecDeque::new(),
+            drawn: Vec::new(),
             faults: faults.clone(),
         };
         (Box::new(executor), faults)
@@ -94,6 +108,24 @@ impl FakeExecutor {
         assert!(sources.is_disjoint(&destinations));
         let names: HashSet<_> = plan.sequences.iter().map(|s| (s.request, s.choice)).collect();
         assert_eq!(names.len(), plan.sequences.len(), "a sequence is planned twice");
+    }
+
+    /// Puts what the step before drew in its places.
+    fn resolve(&self, plan: &mut StepPlan) {
+        for sequence in &mut plan.sequences {
+            if let Some(row) = sequence.pending_row.take() {
+                assert_eq!(sequence.token_ids[0], 0, "a place is kept");
+                sequence.token_ids[0] = self.drawn[row as usize];
+            }
+        }
+    }
+
+    fn poison(&mut self, blocks: &[u32]) {
+        self.group.assert_whole();
+        let size = self.config.block_size;
+        for block in blocks {
+            self.slots[*block as usize * size..(*block as usize + 1) * size].fill(None);
+        }
     }
 
     fn slot(&self, sequence: &PlannedSequence, position: usize) -> usize {
@@ -229,19 +261,42 @@ impl Executor for FakeExecutor {
             .zip(&answers)
             .filter(|(row, answer)| matches!(row.kind, RowKind::Sample(_)) && answer.is_ok());
         let drew = drew.map(|(row, _)| owners[row.logits_row as usize]).collect();
+        // A row that cannot be drawn leaves something behind too.
+        self.drawn =
+            answers.iter().map(|answer| answer.as_ref().map_or(VOCAB - 1, |answer| answer.token)).collect();
         self.group.ran(plan.sequences.iter().map(|sequence| sequence.request), drew, &self.faults.group);
         Ok(StepOutput { rows: answers, ..StepOutput::default() })
     }
 
-    fn begin(&mut self, _: &StepPlan, _: &[SampleRow<'_>]) -> Result<bool, ExecutorError> {
-        Ok(self.faults.computes_beside.load(Ordering::Relaxed))
+    fn begin(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<Begun, ExecutorError> {
+        if !self.faults.computes_beside.load(Ordering::Relaxed) {
+            return Ok(Begun::Nothing);
+        }
+        self.group.assert_whole();
+        let pending = self.queue.iter().filter(|order| matches!(order, Order::Step(..))).count();
+        assert!(pending < 2, "two steps are begun and not finished");
+        let takes_tokens = plan.sequences.iter().any(|sequence| sequence.pending_row.is_some());
+        assert!(pending == 1 || !takes_tokens, "tokens of a step that is over");
+        self.faults.steps_overtaken.fetch_add(pending as u64, Ordering::Relaxed);
+        self.queue.push_back(Order::Step(plan.clone(), rows.iter().map(OwnedRow::of).collect()));
+        // As on a device, where these rows are answered by the host.
+        Ok(Begun::Step { keeps_tokens: rows.iter().all(|row| row.logprobs.is_none()) })
     }
 
-    fn finish(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
         if let Some(meanwhile) = self.faults.meanwhile.lock().expect("no test panics in it").as_mut() {
             meanwhile();
         }
-        self.run(plan, rows)
+        loop {
+            match self.queue.pop_front().expect("a step was begun") {
+                Order::Poison(blocks) => self.poison(&blocks),
+                Order::Step(mut plan, rows) => {
+                    self.resolve(&mut plan);
+                    let rows: Vec<SampleRow<'_>> = rows.iter().map(OwnedRow::borrow).collect();
+                    return self.run(&plan, &rows);
+                }
+            }
+        }
     }
 
     fn poll(&mut self, in_flight: usize) -> ExecutorStatus {
@@ -259,14 +314,14 @@ impl Executor for FakeExecutor {
 
     fn abort(&mut self) {
         self.group.abort();
+        self.queue.clear();
         self.faults.aborts.fetch_add(1, Ordering::Relaxed);
     }
 
     fn poison_blocks(&mut self, blocks: &[u32]) {
-        self.group.assert_whole();
-        let size = self.config.block_size;
-        for block in blocks {
-            self.slots[*block as usize * size..(*block as usize + 1) * size].fill(None);
+        match self.faults.computes_beside.load(Ordering::Relaxed) {
+            true => self.queue.push_back(Order::Poison(blocks.to_vec())),
+            false => self.poison(blocks),
         }
     }
 }

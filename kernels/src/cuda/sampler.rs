@@ -1,5 +1,7 @@
 //! Tokens from logits that are on the device: rows and their lists go over in one copy, token ids come back.
 
+use std::sync::Arc;
+
 use super::launcher::{self as sampling, Answers, SampleLists, SampleRow, TokenBias, UsedToken, status};
 use super::{Cuda, CudaError, DeviceBuffer, DeviceSlice, PinnedBuffer, Runner};
 
@@ -18,13 +20,22 @@ pub struct Sampler {
     /// u64 `[rows]`.
     keys: DeviceBuffer,
     /// i32 `[rows]` tokens, then status.
-    answers: DeviceBuffer,
-    answered: PinnedBuffer,
+    answers: Arc<DeviceBuffer>,
+    /// Those of the last draws and of those before, which nobody may have read yet.
+    answered: [PinnedBuffer; 2],
+    /// Draws so far.
+    num_draws: usize,
     lists: Lists,
     rows: Vec<SampleRow>,
     /// Whether every row is that of its number and takes the largest logit as it is.
     is_plain: bool,
-    answers_expected: usize,
+}
+
+/// Draws of a step that were queued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueuedDraws {
+    number: usize,
+    num_rows: usize,
 }
 
 #[derive(Debug, Default)]
@@ -63,13 +74,18 @@ impl Sampler {
             device: cuda.alloc(places.end)?,
             workspace: cuda.alloc(4 * max_rows * vocab_size)?,
             keys,
-            answers: cuda.alloc(8 * max_rows)?,
-            answered: cuda.alloc_pinned(8 * max_rows)?,
+            answers: Arc::new(cuda.alloc_zeroed(8 * max_rows)?),
+            answered: [cuda.alloc_pinned(8 * max_rows)?, cuda.alloc_pinned(8 * max_rows)?],
+            num_draws: 0,
             lists: Lists::default(),
             rows: Vec::with_capacity(max_rows),
             is_plain: true,
-            answers_expected: 0,
         })
+    }
+
+    /// i32: what each row of the last draws came to; of one that could not be drawn, anything.
+    pub fn drawn_tokens(&self) -> &Arc<DeviceBuffer> {
+        &self.answers
     }
 
     /// Begins the rows of a step.
@@ -140,37 +156,49 @@ impl Sampler {
         self.rows.push(row);
     }
 
-    /// Queues the draws of the rows from `logits` f32 `[R, V]`.
+    /// Queues that the rows and their lists go over, before the step that they are of: behind it, whoever sends the next ones would
+    /// wait for it.
     ///
     /// # Errors
     /// [`CudaError`].
-    pub fn draw(&mut self, runner: &Runner, logits: DeviceSlice<'_, f32>) -> Result<(), CudaError> {
-        let num_rows = self.rows.len();
-        self.answers_expected = num_rows;
-        if num_rows == 0 {
+    pub fn upload(&mut self) -> Result<(), CudaError> {
+        if self.is_plain {
             return Ok(());
         }
+        let places = Places::new(self.max_rows);
+        let Lists { used, bias, allowed, banned } = &self.lists;
+        let words = self.host.write::<i32>(0, places.end / 4)?;
+        let filled = [
+            (places.rows, fill(words, places.rows, self.rows.iter().map(words_of_row))),
+            (places.used, fill(words, places.used, used.iter().map(words_of_used))),
+            (places.bias, fill(words, places.bias, bias.iter().map(words_of_bias))),
+            (places.allowed, fill(words, places.allowed, allowed.iter().map(|id| [*id]))),
+            (places.banned, fill(words, places.banned, banned.iter().map(|id| [*id]))),
+        ];
+        for (place, len) in filled.into_iter().filter(|(_, len)| *len > 0) {
+            self.device.slice::<i32>(place, len).upload(&mut self.host, place)?;
+        }
+        Ok(())
+    }
+
+    /// Queues the draws of the rows, which were uploaded, from `logits` f32 `[R, V]`, and the way back of what comes of them. Of the last
+    /// two draws it can be asked.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn draw(&mut self, runner: &Runner, logits: DeviceSlice<'_, f32>) -> Result<QueuedDraws, CudaError> {
+        let num_rows = self.rows.len();
         let tokens = self.answers.as_slice::<i32>().address();
         let answers = Answers { tokens, status: tokens + 4 * self.max_rows as u64 };
-        if self.is_plain {
+        if num_rows == 0 {
+            // Nothing but the news that all before it is done comes back.
+        } else if self.is_plain {
             let keys = self.keys.as_slice::<u64>().address();
             for launch in sampling::argmax(answers, keys, logits.address(), num_rows, self.vocab_size) {
                 runner.launch(&launch)?;
             }
         } else {
             let places = Places::new(self.max_rows);
-            let Lists { used, bias, allowed, banned } = &self.lists;
-            let words = self.host.write::<i32>(0, places.end / 4)?;
-            let filled = [
-                (places.rows, fill(words, places.rows, self.rows.iter().map(words_of_row))),
-                (places.used, fill(words, places.used, used.iter().map(words_of_used))),
-                (places.bias, fill(words, places.bias, bias.iter().map(words_of_bias))),
-                (places.allowed, fill(words, places.allowed, allowed.iter().map(|id| [*id]))),
-                (places.banned, fill(words, places.banned, banned.iter().map(|id| [*id]))),
-            ];
-            for (place, len) in filled.into_iter().filter(|(_, len)| *len > 0) {
-                self.device.slice::<i32>(place, len).upload(&mut self.host, place)?;
-            }
             let at = |place: usize| self.device.slice::<u8>(place, 0).address();
             let lists = SampleLists {
                 used: at(places.used),
@@ -191,29 +219,43 @@ impl Sampler {
                 self.vocab_size,
             ))?;
         }
-        self.answers.as_slice::<i32>().download(&mut self.answered, 0)
+        self.num_draws += 1;
+        let draws = QueuedDraws { number: self.num_draws, num_rows };
+        self.answers.as_slice::<i32>().download(&mut self.answered[draws.number % 2], 0)?;
+        Ok(draws)
     }
 
-    /// Whether the draws are done, without waiting.
+    /// Whether everything up to these draws is done, without waiting.
     ///
     /// # Errors
     /// [`CudaError`].
-    pub fn is_ready(&self) -> Result<bool, CudaError> {
-        self.answered.is_ready()
+    ///
+    /// # Panics
+    /// If two more have been queued since.
+    pub fn is_ready(&self, draws: QueuedDraws) -> Result<bool, CudaError> {
+        self.answered[self.place_of(draws)].is_ready()
     }
 
     /// What came of each row, in their order; waits for it.
     ///
     /// # Errors
     /// [`CudaError`].
-    pub fn answers(&mut self) -> Result<impl Iterator<Item = Drawn> + '_, CudaError> {
-        let (num_rows, max_rows) = (self.answers_expected, self.max_rows);
-        let all = self.answered.read::<i32>(0, 2 * max_rows)?;
-        Ok((0..num_rows).map(move |row| match (all[row], all[max_rows + row]) {
+    ///
+    /// # Panics
+    /// If two more have been queued since.
+    pub fn answers(&mut self, draws: QueuedDraws) -> Result<impl Iterator<Item = Drawn> + '_, CudaError> {
+        let (place, max_rows) = (self.place_of(draws), self.max_rows);
+        let all = self.answered[place].read::<i32>(0, 2 * max_rows)?;
+        Ok((0..draws.num_rows).map(move |row| match (all[row], all[max_rows + row]) {
             (token, status::OK) if token >= 0 => Drawn::Token(token.cast_unsigned()),
             (_, status::ALL_MASKED) => Drawn::AllMasked,
             _ => Drawn::NotFinite,
         }))
+    }
+
+    fn place_of(&self, draws: QueuedDraws) -> usize {
+        assert!(self.num_draws < draws.number + 2, "the answers were overwritten");
+        draws.number % 2
     }
 }
 

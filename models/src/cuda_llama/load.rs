@@ -90,6 +90,7 @@ impl CudaLlama {
             scratch,
             skinny,
             kv: None,
+            drawn_tokens: None,
             graphs: HashMap::new(),
         })
     }

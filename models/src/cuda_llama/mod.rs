@@ -13,6 +13,7 @@ mod step;
 mod weight;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use tandem_kernels::comm::{DeviceCollectives, DeviceCommError};
 use tandem_kernels::cuda::launcher::{
@@ -76,6 +77,8 @@ pub struct CudaLlama {
     scratch: Scratch,
     skinny: Skinny,
     kv: Option<KvPool>,
+    /// i32: what the draws of the step before came to.
+    drawn_tokens: Option<Arc<DeviceBuffer>>,
 }
 
 /// Weights of one decoder layer.
@@ -172,6 +175,12 @@ impl CudaLlama {
         &self.runner
     }
 
+    /// Where tokens are found that the step before draws ([`ForwardBatch::pending_tokens`]), i32. Steps have to be recorded afterwards.
+    pub fn set_drawn_tokens(&mut self, tokens: Arc<DeviceBuffer>) {
+        self.forget_graphs();
+        self.drawn_tokens = Some(tokens);
+    }
+
     /// Bytes of weights that a step for one token reads: all linear layers and the LM head.
     pub fn bytes_per_step(&self) -> u64 {
         let lm_head = self.lm_head.as_ref().unwrap_or(&self.embedding);
@@ -233,6 +242,11 @@ impl CudaLlama {
         let logits_rows = batch.logits_rows.len();
         assert!(tokens <= self.options.max_tokens, "step of {tokens} tokens");
         assert!(logits_rows <= self.options.max_logits_rows, "step with {logits_rows} rows of logits");
+        let num_drawn = self.drawn_tokens.as_ref().map_or(0, |drawn| drawn.as_slice::<i32>().len());
+        assert!(
+            batch.pending_tokens.iter().all(|(_, row)| (*row as usize) < num_drawn),
+            "of rows that are drawn"
+        );
         self.copy_blocks(&batch.block_copies)?;
         let is_decode = batch.num_sequences() == tokens && logits_rows == tokens;
         let bucket = if is_decode { bucket_of(tokens) } else { None };
@@ -301,10 +315,13 @@ impl CudaLlama {
         let mut products = Products { runner, gemm, scratch, skinny };
         let vocab = share.vocab.clone();
         let table = self.embedding.bf16_address();
+        // Without draws no token refers to any.
+        let drawn = self.drawn_tokens.as_ref().map_or(0, |drawn| address(drawn));
         runner.launch(&launcher::embed(
             hidden,
             table,
             arrays.token_ids(),
+            drawn,
             tokens,
             config.hidden_size,
             vocab,

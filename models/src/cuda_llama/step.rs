@@ -19,6 +19,8 @@ const NO_SLOT: i32 = -1;
 /// Step arrays, on the host and on the device.
 pub(super) struct StepArrays {
     host: PinnedBuffer,
+    /// Pairs of blocks: apart, for a buffer is written to only when its last copy is over.
+    host_pairs: PinnedBuffer,
     device: DeviceBuffer,
     at: Places,
     max: CudaLlamaOptions,
@@ -75,6 +77,7 @@ impl StepArrays {
         let bytes = 4 * at.end;
         Ok(Self {
             host: cuda.alloc_pinned(bytes)?,
+            host_pairs: cuda.alloc_pinned(4 * 2 * MAX_PAIRS)?,
             device: cuda.alloc_zeroed(bytes)?,
             at,
             max,
@@ -85,7 +88,7 @@ impl StepArrays {
     /// Queues the arrays of a step for operations on `rows` tokens, and as many sequences and rows of logits where these are more
     /// than the step has. Spare tokens write nothing; spare sequences have no tokens.
     pub(super) fn upload(&mut self, batch: &ForwardBatch, rows: usize) -> Result<(), CudaError> {
-        let Self { host, device, at, max, changed } = self;
+        let Self { host, device, at, max, changed, .. } = self;
         let num_seqs = batch.num_sequences();
         assert!(num_seqs <= max.max_seqs, "step of {num_seqs} sequences");
         let values = host.write::<i32>(0, at.end)?;
@@ -101,6 +104,10 @@ impl StepArrays {
         fill(at.slot_mapping, max.max_tokens, &batch.slot_mapping, NO_SLOT);
         fill(at.logits_rows, max.max_logits_rows, &batch.logits_rows, NO_SLOT);
         fill(at.context_lens, max.max_seqs, &batch.context_lens, 0);
+        // As the kernel reads them.
+        for &(token, row) in &batch.pending_tokens {
+            values[at.token_ids + token as usize] = -1 - row as i32;
+        }
         let ends = &mut values[at.cu_seqlens..at.cu_seqlens + (rows.max(num_seqs)).min(max.max_seqs) + 1];
         let last = batch.cu_seqlens.last().copied().unwrap_or(0);
         for (index, to) in ends.iter_mut().enumerate() {
@@ -136,10 +143,9 @@ impl StepArrays {
     /// # Panics
     /// If it is longer than twice [`StepArrays::max_pairs`].
     pub(super) fn upload_blocks(&mut self, blocks: &[u32]) -> Result<Address, CudaError> {
-        let bytes = 4 * self.at.pairs;
-        let to = self.host.write::<i32>(bytes, blocks.len())?;
+        let to = self.host_pairs.write::<i32>(0, blocks.len())?;
         to.iter_mut().zip(blocks).for_each(|(to, from)| *to = *from as i32);
-        self.device.slice::<i32>(bytes, blocks.len()).upload(&mut self.host, bytes)?;
+        self.device.slice::<i32>(4 * self.at.pairs, blocks.len()).upload(&mut self.host_pairs, 0)?;
         Ok(self.address(self.at.pairs))
     }
 

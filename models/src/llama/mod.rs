@@ -176,6 +176,7 @@ impl Llama {
         }
         let num_tokens = batch.num_tokens();
         assert!(num_tokens <= self.options.max_tokens, "step of {num_tokens} tokens");
+        assert!(batch.pending_tokens.is_empty(), "here the step before is over");
         num_tokens
     }
 

@@ -281,6 +281,7 @@ pub(super) fn engine_options(
         kv_cache_memory_bytes: config.kv_cache_memory_bytes,
         gpu_memory_utilization: config.gpu_memory_utilization,
         enforce_eager: config.enforce_eager,
+        async_scheduling: config.async_scheduling,
         custom_all_reduce: match config.custom_all_reduce {
             CustomAllReduce::Auto => tandem_engine::CustomAllReduce::Auto,
             CustomAllReduce::Always => tandem_engine::CustomAllReduce::Always,

@@ -63,6 +63,8 @@ pub struct CommonConfig {
     pub device: Device,
     /// No graphs on a GPU.
     pub enforce_eager: bool,
+    /// Steps are planned beside a GPU.
+    pub async_scheduling: bool,
     /// Small sums over ranks by a kernel of our own.
     pub custom_all_reduce: CustomAllReduce,
     /// Share of a GPU's memory that may be used, 0 to 1.
@@ -306,6 +308,11 @@ pub(super) fn common(
         kv_cache_dtype: memory.kv_cache_dtype,
         device: compute.device,
         enforce_eager: compute.enforce_eager,
+        async_scheduling: switch(
+            ("async-scheduling", scheduling.async_scheduling),
+            ("no-async-scheduling", scheduling.no_async_scheduling),
+            origins,
+        )?,
         custom_all_reduce: match compute.disable_custom_all_reduce {
             true => CustomAllReduce::Never,
             false => compute.custom_all_reduce,
@@ -318,7 +325,11 @@ pub(super) fn common(
         max_model_len: memory.max_model_len.filter(|n| *n > 0).map(|n| n as usize),
         kv_cache_memory_bytes: memory.kv_cache_memory_bytes,
         block_size: memory.block_size as usize,
-        prefix_caching: prefix_caching(&memory, origins)?,
+        prefix_caching: switch(
+            ("enable-prefix-caching", memory.enable_prefix_caching),
+            ("no-enable-prefix-caching", memory.no_enable_prefix_caching),
+            origins,
+        )?,
         max_num_seqs: scheduling.max_num_seqs.map(|n| n as usize),
         max_num_batched_tokens: scheduling.max_num_batched_tokens.map(|n| n as usize),
         log_format: log.log_format,
@@ -343,14 +354,16 @@ pub(super) fn check_log_filter(filter: &str) -> Result<(), String> {
     checked.map(drop).map_err(|e| format!("{filter:?} is no log filter: {e}"))
 }
 
-/// The flag and its negation are one setting; layers see to it that only one layer speaks.
-fn prefix_caching(memory: &MemoryFlags, origins: &Origins) -> Result<bool, ConfigError> {
-    let (yes, no) = ("enable-prefix-caching", "no-enable-prefix-caching");
-    let disabled = memory.no_enable_prefix_caching;
-    if origins.given(yes) && origins.given(no) && memory.enable_prefix_caching == disabled {
+/// A flag and its negation are one setting; layers see to it that only one layer speaks.
+fn switch(
+    (yes, enabled): (&str, bool),
+    (no, disabled): (&str, bool),
+    origins: &Origins,
+) -> Result<bool, ConfigError> {
+    if origins.given(yes) && origins.given(no) && enabled == disabled {
         return Err(refuse(origins, no, format!("contradicts {}", origins.of(yes))));
     }
-    Ok(if origins.given(no) { !disabled } else { memory.enable_prefix_caching })
+    Ok(if origins.given(no) { !disabled } else { enabled })
 }
 
 /// The template's text: the argument itself if it is one, else the file that it names.

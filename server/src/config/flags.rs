@@ -194,6 +194,14 @@ pub(super) struct SchedulingFlags {
     /// Tokens of one step, prompts and answers together [default: 512, on a GPU 8192]
     #[arg(long, value_name = "TOKENS", value_parser = count(), help_heading = SCHEDULING)]
     pub(super) max_num_batched_tokens: Option<u64>,
+    /// On a GPU: plan and begin a step while the one before is computed
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "true", hide_possible_values = true, help_heading = SCHEDULING)]
+    pub(super) async_scheduling: bool,
+    /// Plan each step when the one before is over
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, hide_possible_values = true, help_heading = SCHEDULING)]
+    pub(super) no_async_scheduling: bool,
 }
 
 #[derive(Debug, Args)]

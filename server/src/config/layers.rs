@@ -28,7 +28,8 @@ const NAMESPACE_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/name
 /// Variables of the process that are no flags.
 const OTHER_VARIABLES: [&str; 1] = ["TANDEM_CACHE_DIR"];
 /// Flags that are each other's negation: given one, lower layers say nothing about the other.
-const OPPOSITES: [(&str, &str); 1] = [("enable-prefix-caching", "no-enable-prefix-caching")];
+const OPPOSITES: [(&str, &str); 2] =
+    [("enable-prefix-caching", "no-enable-prefix-caching"), ("async-scheduling", "no-async-scheduling")];
 
 /// Where the value of each flag was written.
 #[derive(Debug, Clone, Default)]

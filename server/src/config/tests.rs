@@ -74,6 +74,12 @@ fn a_flag_and_its_negation_are_one_setting() {
     );
     assert!(serve(&["--enable-prefix-caching", "--config", path], &[]).common.prefix_caching);
     assert!(refusal(&["--enable-prefix-caching", "--no-enable-prefix-caching"], &[]).contains("contradicts"));
+    assert!(
+        serve(&[], &[]).common.async_scheduling
+            && !serve(&["--no-async-scheduling"], &[]).common.async_scheduling
+    );
+    assert!(!serve(&["--async-scheduling=false"], &[]).common.async_scheduling);
+    assert!(refusal(&["--async-scheduling", "--no-async-scheduling"], &[]).contains("contradicts"));
 }
 
 #[test]

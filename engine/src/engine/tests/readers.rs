@@ -1,8 +1,5 @@
 //! Readers that are slow, leave, or end a choice themselves.
 
-use std::sync::atomic::Ordering;
-use std::sync::mpsc;
-
 use super::{Bench, PLAIN, with_n};
 use crate::config::EngineConfig;
 use crate::engine::StepStatus;
@@ -185,25 +182,4 @@ fn requests_that_nobody_reads_are_bounded_too() {
     assert_eq!(bench.refusal(request(0, 1, 2)), SubmitError::QueueFull, "bytes are held to the end");
     bench.finish(&mut [&mut running]);
     bench.submit(request(0, 1, 2));
-}
-
-#[test]
-fn what_goes_out_while_a_device_computes_is_counted_by_then() {
-    let mut bench = Bench::new(config());
-    bench.faults.computes_beside.store(true, Ordering::Relaxed);
-    let mut stopped = bench.submit(request(0, 8, 40));
-    let mut other = bench.submit(request(1, 8, 40));
-    bench.steps(4);
-    stopped.read();
-    assert_eq!(stopped.num_tokens(), 3, "the fourth goes out beside the fifth step");
-    let (sender, seen) = mpsc::channel();
-    let handle = bench.handle.clone();
-    *bench.faults.meanwhile.lock().unwrap() =
-        Some(Box::new(move || sender.send(handle.snapshot().completed_stop).unwrap_or_default()));
-    stopped.finish_choice(0);
-    bench.step();
-    assert_eq!(seen.try_recv(), Ok(1));
-    bench.finish(&mut [&mut stopped, &mut other]);
-    stopped.check(&PLAIN);
-    other.check(&PLAIN);
 }

@@ -7,23 +7,26 @@ use super::super::reference;
 use super::{Case, Checks, wide};
 
 pub(super) fn embed(checks: &mut Checks<'_>) {
-    for (num_tokens, size) in [(1, 64), (5, 576), (3, 4096 + 8)] {
+    for (num_tokens, size) in [(1, 64), (7, 576), (5, 4096 + 8)] {
         checks.case(format!("embed {num_tokens}x{size}"), |case| {
             let (begin, end) = (10, 30);
             let table = case.random.bf16s((end - begin) * size, 1.0);
-            // The edges of what is ours, on both sides.
-            let ids: Vec<i32> = [29, 30, 9, 10, 17].into_iter().cycle().take(num_tokens).collect();
+            // The edges of what is ours, on both sides, and what rows 1, 0 and 3 drew: the last of them nothing that there is.
+            let ids: Vec<i32> = [29, 30, 9, 10, -2, -1, -4].into_iter().cycle().take(num_tokens).collect();
+            let drawn = [11, 28, 5, -7];
             let ours = |id: i32| (begin as i32..end as i32).contains(&id);
-            let expected: Vec<f32> = (ids.iter().flat_map(|&id| (0..size).map(move |e| (id, e))))
+            let known = |id: i32| if id < 0 { drawn[(-1 - id) as usize] } else { id };
+            let expected: Vec<f32> = (ids.iter().flat_map(|&id| (0..size).map(move |e| (known(id), e))))
                 .map(|(id, e)| if ours(id) { table[(id as usize - begin) * size + e].to_f32() } else { 0.0 })
                 .collect();
             let hidden = case.output::<f32>(num_tokens * size)?;
-            let (table, ids) = (case.input(&table)?, case.input(&ids)?);
+            let (table, ids, drawn) = (case.input(&table)?, case.input(&ids)?, case.input(&drawn)?);
             let range = begin..end;
             case.launch(launcher::embed(
                 hidden.address,
                 table.address,
                 ids.address,
+                drawn.address,
                 num_tokens,
                 size,
                 range,

@@ -23,11 +23,13 @@ fn check_columns(name: &str, n: usize) {
     assert!(n > 0 && n.is_multiple_of(8), "{name} of {n} is no multiple of 8");
 }
 
-/// hidden f32 [T,E] = rows of table bf16 [`vocab`,E]; ids i32 [T] outside `vocab` give zeros.
+/// hidden f32 [T,E] = rows of table bf16 [`vocab`,E]; ids i32 [T] outside `vocab` give zeros. An id of −1 − r is that of row r of
+/// `drawn`, i32.
 pub fn embed(
     hidden: Address,
     table: Address,
     token_ids: Address,
+    drawn: Address,
     num_tokens: usize,
     hidden_size: usize,
     vocab: std::ops::Range<usize>,
@@ -37,6 +39,7 @@ pub fn embed(
         hidden.into(),
         table.into(),
         token_ids.into(),
+        drawn.into(),
         hidden_size.into(),
         vocab.start.into(),
         vocab.end.into(),

@@ -57,6 +57,8 @@ pub(super) struct Overhead {
     emitting: f64,
     total: f64,
     us_per_step: f64,
+    /// Share of the steps that were planned beside a device, at no cost.
+    overlapped_steps: f64,
 }
 
 impl From<&StepTimes> for Overhead {
@@ -71,6 +73,7 @@ impl From<&StepTimes> for Overhead {
             emitting: share(times.emitting),
             total: share(outside),
             us_per_step: outside.as_secs_f64() * 1e6 / times.steps.max(1) as f64,
+            overlapped_steps: times.overlapped as f64 / times.steps.max(1) as f64,
         }
     }
 }
@@ -232,7 +235,10 @@ pub(super) mod tests {
             "concurrency prompt_tokens output_tokens prefill_tokens_per_second decode_tokens_per_second ttft_ms tpot_ms \
              prefill_share_of_limit decode_share_of_limit prefill_work decode_work overhead"
         );
-        assert_eq!(keys(&json["results"][0]["overhead"]), "scheduling sampling emitting total us_per_step");
+        assert_eq!(
+            keys(&json["results"][0]["overhead"]),
+            "scheduling sampling emitting total us_per_step overlapped_steps"
+        );
         assert_eq!(
             json["results"][0]["ttft_ms"],
             serde_json::json!({ "mean": 0.0, "p50": 50.0, "p90": 0.0, "p95": 0.0, "p99": 0.0 })
@@ -242,10 +248,12 @@ pub(super) mod tests {
     #[test]
     fn overhead_is_all_but_the_model() {
         let us = Duration::from_micros;
-        let times =
-            StepTimes { steps: 2, scheduling: us(10), forward: us(150), sampling: us(30), emitting: us(10) };
-        let Overhead { scheduling, sampling, emitting, total, us_per_step } = Overhead::from(&times);
+        let (scheduling, forward, sampling, emitting) = (us(10), us(150), us(30), us(10));
+        let times = StepTimes { steps: 2, overlapped: 1, scheduling, forward, sampling, emitting };
+        let Overhead { scheduling, sampling, emitting, total, us_per_step, overlapped_steps } =
+            Overhead::from(&times);
         assert_eq!([scheduling, sampling, emitting, total, us_per_step], [0.05, 0.15, 0.05, 0.25, 25.0]);
+        assert_eq!(overlapped_steps, 0.5);
         assert_eq!(Overhead::from(&StepTimes::default()).total, 0.0);
     }
 
