@@ -367,9 +367,10 @@ impl Engine {
         let serials: Vec<u64> = self.requests.keys().copied().collect();
         serials.into_iter().for_each(|serial| self.fail(serial, RequestFailure::stopped()));
         self.pending = None;
-        self.executor.abort();
         self.publish();
         self.emit();
+        // It may wait for its device, which nobody else has to.
+        self.executor.abort();
     }
 
     fn publish(&mut self) {

@@ -361,7 +361,10 @@ impl Scheduler {
 
     /// What a waiting sequence would get and what it would lack.
     fn look(&mut self, key: &SequenceKey) -> Admission {
-        let num_running: usize = self.running.iter().map(|key| self.sequences[key].num_choices).sum();
+        // Of those whose last token is awaited nothing more is planned.
+        let goes_on = |sequence: &&Sequence| sequence.awaited.is_none() || sequence.num_unplanned() > 0;
+        let running = self.running.iter().map(|key| &self.sequences[key]).filter(goes_on);
+        let num_running: usize = running.map(|sequence| sequence.num_choices).sum();
         let sequence = self.sequences.get_mut(key).expect("waiting sequences exist");
         let num_tokens = sequence.tokens.len();
         // At least one token has to be computed for its logits. Scores need the logits of all.

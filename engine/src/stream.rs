@@ -3,7 +3,7 @@
 //! Each step sends at most one message per request. The channel is bounded; the engine looks for room before
 //! it schedules a request, so sending never waits and what a step draws is never kept back. Only the end of a
 //! choice, which the reader itself asked for, may find no room: it stays in the outlet's `unsent` and leaves
-//! with the next message. A reader that makes room, or goes away, wakes the step thread by a command. A failure
+//! with the next message, or takes its place. A reader that makes room, or goes away, wakes the step thread by a command. A failure
 //! needs no room at all: it is left beside the channel and read once the channel has closed.
 
 use std::future::poll_fn;
@@ -177,7 +177,7 @@ impl Outlet {
         if self.unsent.is_empty() {
             return true;
         }
-        if !self.has_room() {
+        if !self.has_room_for(1) {
             return false;
         }
         // An error means that the reader is gone; its cancellation is on the way.
@@ -198,18 +198,22 @@ impl Outlet {
         }
     }
 
-    /// Whether the reader has room for the events of one more step. When not, it wakes the step thread once it has read.
-    pub(crate) fn has_room(&self) -> bool {
-        // Only the step thread sends: room seen before a step is there after it. What a step that is still pending brings goes with the
-        // next one's if it finds none.
-        if self.sender.capacity() > 0 {
+    /// Whether the reader has room for the events of one more step, behind those of a step that is pending. When not, it wakes the step
+    /// thread once it has read.
+    pub(crate) fn has_room(&self, is_pending: bool) -> bool {
+        self.has_room_for(1 + usize::from(is_pending))
+    }
+
+    fn has_room_for(&self, messages: usize) -> bool {
+        // Only the step thread sends: room seen before a step is there after it.
+        if self.sender.capacity() >= messages {
             return true;
         }
         // The wish first, then a second look: a reader that read in between either sees the wish or made this
         // room.
         self.shared.wants_room.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        self.sender.capacity() > 0
+        self.sender.capacity() >= messages
     }
 }
 
@@ -231,7 +235,7 @@ mod tests {
             outlet.push(token(i));
             assert!(outlet.flush());
         }
-        assert!(!outlet.has_room());
+        assert!(!outlet.has_room(false));
         outlet.push(Event::Finished { choice: 0, reason: FinishReason::Length });
         assert!(!outlet.flush());
         assert_eq!(reader.blocking_next(), Some(vec![token(0)]));

@@ -25,6 +25,12 @@ def tokens(server, seed, length=None, **more):
     return answer["choices"][0]["token_ids"]
 
 
+def choices(server, seed, **more):
+    """Four answers to a prompt."""
+    body = {"prompt": prompt_of(seed, 20), "max_tokens": 24, "n": 4, "temperature": 1.0, "seed": seed, "ignore_eos": True}
+    return [choice["token_ids"] for choice in server.complete(return_token_ids=True, **body, **more)["choices"]]
+
+
 def flags(model, device, *more, kv="8MiB"):
     return [model, "--load-format", "dummy", "--device", device, "--max-model-len", 256, "--max-num-seqs", 12,
             "--max-num-batched-tokens", 48, "--kv-cache-memory-bytes", kv, *more]
@@ -114,7 +120,12 @@ def repeats(suite):
                     raise Failed(f"a prompt of {length} tokens has other tokens when steps overlap")
                 if (greedy(server, 1, length), server.scores(prompt_of(2, length))[0]) != first:
                     raise Failed(f"a prompt of {length} tokens has other answers when it is sent again")
-    return {"prompts": 8, "times": 9}
+        for seed in range(4):
+            # Choices of one request are rows of one step, whether it is begun before the last is over or not.
+            beside, after = (choices(server, seed, **more) for more in ({}, {"logprobs": 0}))
+            if beside != after or len(set(map(tuple, beside))) < len(beside):
+                raise Failed(f"choices differ when steps overlap: {beside} and {after}")
+    return {"prompts": 8, "times": 9, "choices": 16}
 
 
 def sampling(suite):

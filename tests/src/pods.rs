@@ -197,6 +197,8 @@ pub struct Streamed {
     pub text: String,
     /// As printed: equal text is equal bits.
     pub logprobs: Vec<String>,
+    /// Where they were asked for.
+    pub token_ids: Vec<u64>,
     pub finish: Option<String>,
     pub error: Option<Value>,
     /// `[DONE]` came.
@@ -237,6 +239,9 @@ pub fn stream(port: u16, body: &Value, mut seen: impl FnMut(&Streamed)) -> Strea
             answer.text += choice["text"].as_str().unwrap_or_default();
             if let Some(list) = choice["logprobs"]["token_logprobs"].as_array() {
                 answer.logprobs.extend(list.iter().map(ToString::to_string));
+            }
+            if let Some(list) = choice["token_ids"].as_array() {
+                answer.token_ids.extend(list.iter().filter_map(Value::as_u64));
             }
             if let Some(reason) = choice["finish_reason"].as_str() {
                 answer.finish = Some(reason.to_owned());

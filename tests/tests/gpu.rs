@@ -236,34 +236,39 @@ fn graphs_change_nothing() {
 fn steps_are_planned_beside_the_gpu() {
     let _turn = turn();
     let overlapped = |more: &[&str]| -> f64 {
-        let mut flags = SMALL.map(str::to_owned).to_vec();
-        replace_flags(&mut flags, &["--max-num-seqs", "2", "--max-num-batched-tokens", "16"]);
         let mut bench = Command::new(binary());
-        bench
-            .arg("bench")
-            .arg(golden_path("dummy-d64"))
-            .args(["--device", "cuda", "--format", "json"])
-            .args(SMALL);
-        bench.args([
-            "--prompt-tokens",
-            "8",
-            "--output-tokens",
-            "24",
-            "--concurrency",
-            "2",
-            "--num-requests",
-            "2",
-        ]);
+        bench.arg("bench").arg(golden_path("dummy-d64")).args(SMALL);
+        bench.args("--device cuda --format json --prompt-tokens 8 --output-tokens 24".split(' '));
+        bench.args("--concurrency 2 --num-requests 2".split(' '));
         let output =
             bench.args(more).envs(stand_in::environment(1, MEMORY)).output().expect("the binary runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
         report["results"][0]["overhead"]["overlapped_steps"].as_f64().expect("a share")
     };
+    choices_do_not_depend_on_overlap(&start("dummy-d64", "cuda", &["--enable-prefix-caching=false"]));
     // The first step after a prompt has to wait for it.
     let share = overlapped(&[]);
     assert!(share > 0.8 && share < 1.0, "{share}");
     assert_eq!(overlapped(&["--no-async-scheduling"]), 0.0);
+}
+
+/// Choices of one request are rows of one step, whether it is begun before the last is over or, for the host answers what wants
+/// log-probabilities, after.
+fn choices_do_not_depend_on_overlap(server: &Server) {
+    for seed in 0..3 {
+        let [beside, after] = [Value::Null, json!(0)].map(|logprobs| {
+            let body = json!({
+                "prompt": prompt(seed, 20), "max_tokens": 24, "n": 4, "temperature": 1.0, "seed": seed, "ignore_eos": true,
+                "return_token_ids": true, "logprobs": logprobs,
+            });
+            let answer = complete(server, body);
+            let choices = answer["choices"].as_array().expect("choices").iter();
+            choices.map(|choice| choice["token_ids"].clone()).collect::<Vec<Value>>()
+        });
+        assert_eq!(beside, after, "seed {seed}");
+        assert!(beside.windows(2).all(|pair| pair[0] != pair[1]), "choices are told apart");
+    }
 }
 
 /// A draw on the GPU is that of the host, which answers as soon as log-probabilities are wanted, too; the host's steps wait for each
@@ -421,11 +426,17 @@ fn ranks_on_gpus_compute_one_model_and_heal() {
         assert_eq!(output.contains("go by way of the host"), num_gpus == 1, "{output}");
         assert_eq!(output.contains(IN_ONE_SHOT), in_one_shot, "{num_gpus} GPUs, {custom}: {output}");
         assert!(are_of_one_model(&alone, &group));
-        assert!(output.contains("2 ranks"), "{output}");
-        heal(&group);
+        until_output_contains(&group, "2 ranks");
+        assert_eq!(group.metric("llm_overlapped_steps_total"), 0.0, "all wanted log-probabilities");
+        choices_do_not_depend_on_overlap(&group);
+        let overlapped = group.metric("llm_overlapped_steps_total");
+        // Three answers of 24 steps, of which the first is for the prompt.
+        assert!(overlapped > 50.0 && overlapped < 69.0, "{overlapped}");
+        heal(&group, json!(1));
+        heal(&group, Value::Null);
         // Each rank says so for each epoch.
         let times = group.output().matches(IN_ONE_SHOT).count();
-        assert_eq!(times, if in_one_shot { 4 } else { 0 }, "{}", group.output());
+        assert_eq!(times, if in_one_shot { 6 } else { 0 }, "{}", group.output());
     }
 }
 
@@ -460,33 +471,44 @@ fn sums_in_one_shot_are_tried_before_they_are_used() {
     }
     let always = [&TWO_RANKS[..], &["--custom-all-reduce", "always"]].concat();
     let group = spawn_with("dummy-d64", "cuda", &always, &out_of_reach);
+    until_output_contains(&group, "custom-all-reduce is always, and cannot be: the memory of rank");
+}
+
+/// What a server says comes a moment after what it does.
+fn until_output_contains(server: &Server, text: &str) {
     let start = Instant::now();
-    while !group.output().contains("custom-all-reduce is always, and cannot be: the memory of rank") {
-        assert!(start.elapsed() < Duration::from_secs(60), "{}", group.output());
+    while !server.output().contains(text) {
+        assert!(start.elapsed() < Duration::from_secs(60), "{}", server.output());
         std::thread::sleep(Duration::from_millis(50));
     }
 }
 
-/// A rank is killed in the middle of a stream, which goes on.
-fn heal(group: &Server) {
+/// A rank is killed in the middle of a stream, which goes on: with log-probabilities, where every step waits for the one before,
+/// and without, where it does not.
+fn heal(group: &Server, logprobs: Value) {
     let body = json!({
-        "prompt": prompt(3, 20), "max_tokens": 60, "temperature": 0, "ignore_eos": true, "stream": true, "logprobs": 1,
+        "prompt": prompt(3, 20), "max_tokens": 60, "temperature": 0, "ignore_eos": true, "stream": true, "return_token_ids": true,
+        "logprobs": logprobs,
     });
+    let resumes = group.metric("llm_stream_resumes_total");
     let undisturbed = stream(group.port, &body, |_| ());
     let ranks = rank_processes(group.id());
     let mut killed_at = None;
     let resumed = stream(group.port, &body, |so_far| {
-        if so_far.logprobs.len() >= 20 && killed_at.is_none() {
-            killed_at = Some(so_far.logprobs.len());
+        if so_far.token_ids.len() >= 20 && killed_at.is_none() {
+            killed_at = Some(so_far.token_ids.len());
             kill("KILL", ranks[1]);
         }
     });
     assert!(undisturbed.done && resumed.done, "{resumed:?}\n{}", group.output());
     // What was sent stays; what follows was computed anew, in other products, and may round otherwise.
     let before = killed_at.expect("it was killed in mid-stream");
-    assert_eq!(resumed.logprobs[..before], undisturbed.logprobs[..before]);
-    assert_eq!((undisturbed.logprobs.len(), resumed.logprobs.len()), (60, 60));
-    assert_eq!(group.metric("llm_stream_resumes_total"), 1.0);
+    assert_eq!(resumed.token_ids[..before], undisturbed.token_ids[..before]);
+    assert_eq!((undisturbed.token_ids.len(), resumed.token_ids.len()), (60, 60));
+    if !logprobs.is_null() {
+        assert_eq!(resumed.logprobs[..before], undisturbed.logprobs[..before]);
+    }
+    assert_eq!(group.metric("llm_stream_resumes_total"), resumes + 1.0);
 }
 
 #[test]

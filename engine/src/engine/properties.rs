@@ -38,6 +38,7 @@ fn random_config(rng: &mut Rng) -> EngineConfig {
         // From just enough for one sequence to plenty.
         num_blocks: MODEL_LEN.div_ceil(block_size) + rng.pick(&[0, 1, 3, 20, 200]),
         prefix_caching: rng.once_in(2),
+        async_scheduling: !rng.once_in(8),
         ..config()
     }
 }

@@ -94,7 +94,7 @@ impl Engine {
                 }
             }
             Ok(Started::Ran(output)) => {
-                debug_assert!(!overtook, "an executor that leaves steps pending does so with all");
+                assert!(!overtook, "an executor that leaves steps pending does so with all");
                 self.take_outcome(step, Ok(output));
             }
             Err(error) => {
@@ -118,7 +118,8 @@ impl Engine {
 
     fn plan_step(&mut self) -> Schedule {
         let requests = &self.requests;
-        let has_room = |sequence: &Sequence| requests[&sequence.key.serial].outlet.has_room();
+        let has_room =
+            |sequence: &Sequence| requests[&sequence.key.serial].outlet.has_room(sequence.in_flight > 0);
         let mut schedule = self.scheduler.schedule(has_room);
         if !schedule.keys.is_empty() {
             schedule.plan.step = self.num_steps;

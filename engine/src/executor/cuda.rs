@@ -47,9 +47,8 @@ impl Executor for CudaExecutor {
         prepare(plan, &mut self.batch);
         let start = Instant::now();
         let queued = self.step.queue(&self.batch, rows, None)?;
-        let keeps_tokens = queued.keeps_tokens();
         self.queued.push_back((queued, start));
-        Ok(Begun::Step { keeps_tokens })
+        Ok(Begun::Step { keeps_tokens: self.step.kept_tokens() == rows.len() })
     }
 
     fn finish(&mut self) -> Result<StepOutput, ExecutorError> {

@@ -23,6 +23,8 @@ pub(crate) struct CudaStep {
     on_host: RowSampler,
     /// f32 `[R, V]`, of rows that the host answers.
     logits: PinnedBuffer,
+    /// Rows of the step that was queued last whose tokens stay on the device: all of them or none.
+    kept_tokens: usize,
 }
 
 /// A step that was queued.
@@ -34,11 +36,17 @@ pub(crate) struct QueuedStep {
     host_rows: Vec<(usize, OwnedRow)>,
 }
 
-impl QueuedStep {
-    /// Whether every token that it draws stays on the device.
-    pub(crate) fn keeps_tokens(&self) -> bool {
-        self.host_rows.is_empty()
-    }
+/// Whether the GPU answers all of these rows, and keeps their tokens for the next step.
+pub(crate) fn keeps_tokens(rows: &[SampleRow<'_>]) -> bool {
+    let (mut used, mut bias, mut allowed, mut banned) = (0, 0, 0, 0);
+    rows.iter().all(|row| {
+        let RowKind::Sample(draw) = &row.kind else { return false };
+        used += draw.used_tokens.len();
+        bias += draw.logit_bias.len();
+        allowed += draw.allowed_token_ids.map_or(0, <[u32]>::len);
+        banned += draw.banned_token_ids.len();
+        row.logprobs.is_none() && [used, bias, allowed, banned].iter().all(|len| *len <= Sampler::MAX_ENTRIES)
+    })
 }
 
 impl CudaStep {
@@ -53,7 +61,7 @@ impl CudaStep {
         let on_device = Sampler::new(cuda, vocab_size, max_rows)?;
         let on_host = RowSampler::new(&cpu, vocab_size);
         model.set_drawn_tokens(on_device.drawn_tokens().clone());
-        Ok(Self { cpu, model, on_device, on_host, logits })
+        Ok(Self { cpu, model, on_device, on_host, logits, kept_tokens: 0 })
     }
 
     /// Threads that answer what the GPU does not.
@@ -61,7 +69,12 @@ impl CudaStep {
         self.cpu.threads()
     }
 
-    /// Queues a step, and the way back of what comes of it. Two may be queued and not collected, if all rows of the first are the GPU's.
+    /// Rows of the step that was queued last whose tokens the next one can take.
+    pub(crate) fn kept_tokens(&self) -> usize {
+        self.kept_tokens
+    }
+
+    /// Queues a step, and the way back of what comes of it. Two may be queued and not collected, if the first keeps its tokens.
     ///
     /// # Errors
     /// Those of the GPU and of the other ranks.
@@ -76,6 +89,7 @@ impl CudaStep {
         self.model.forward(batch, others)?;
         let num_logits_rows = batch.logits_rows.len();
         let draws = self.queue_answers(num_logits_rows, &host_rows)?;
+        self.kept_tokens = if host_rows.is_empty() { rows.len() } else { 0 };
         Ok(QueuedStep { draws, num_rows: rows.len(), num_logits_rows, host_rows })
     }
 

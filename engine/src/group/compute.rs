@@ -1,15 +1,17 @@
 //! The computing thread of a rank: one job after another, until its epoch is given up.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tandem_kernels::cpu::BLOCK_SIZE;
+use tandem_kernels::cuda::Pause;
 use tandem_models::ForwardBatch;
 
 use super::agent::{Done, Job};
-use super::device::{Forming, ShardDevice, ShardError};
+use super::device::{Forming, ShardDevice, ShardError, ShardOutput};
 use super::mesh::Mesh;
 use super::message::{Answer, MemberAddress, Step};
 use crate::executor::prepare::prepare;
@@ -49,6 +51,9 @@ impl Aborts {
     }
 }
 
+/// Steps that may be begun and not over.
+const MAX_BEGUN: usize = 2;
+
 /// A rank's share of the model, and its bounds.
 pub(super) struct Compute<'a> {
     pub(super) rank: usize,
@@ -66,50 +71,81 @@ pub(super) struct Compute<'a> {
 impl Compute<'_> {
     /// Does jobs until nobody sends any.
     pub(super) fn run(mut self, jobs: &Receiver<(u64, Job)>, done: impl Fn(u64, Done)) {
-        let mut batch = ForwardBatch::default();
-        // KV blocks of the live epoch, once it has formed.
-        let mut num_blocks = None;
-        while let Some((epoch, job)) = self.next(jobs) {
-            let outcome = match self.aborts.is_over(epoch) {
-                true => Ok(Done::Aborted),
-                false => self.perform(epoch, job, &mut num_blocks, &mut batch),
-            };
-            done(
-                epoch,
-                match outcome {
-                    Err(reason) => Done::Unfit(reason),
-                    Ok(_) if self.aborts.is_over(epoch) => Done::Aborted,
-                    Ok(outcome) => outcome,
+        let mut work = Work::default();
+        loop {
+            let job = match work.begun.len() {
+                0 => match self.next(jobs) {
+                    None => return,
+                    job => job,
                 },
-            );
+                // A device that computes beside this thread has the next step queued by then.
+                begun if begun < MAX_BEGUN && self.device.computes_beside() => jobs.try_recv().ok(),
+                _ => None,
+            };
+            if let Some((epoch, job)) = job {
+                let outcome = match self.aborts.is_over(epoch) {
+                    true => Ok(Some(Done::Aborted)),
+                    false => self.perform(epoch, job, &mut work),
+                };
+                if let Some(outcome) = outcome.transpose() {
+                    done(epoch, self.told(epoch, outcome));
+                }
+            }
+            self.look(&mut work, &done);
         }
     }
 
-    /// Does one job; `Err` says why this rank is not fit for any.
-    fn perform(
-        &mut self,
-        epoch: u64,
-        job: Job,
-        num_blocks: &mut Option<usize>,
-        batch: &mut ForwardBatch,
-    ) -> Result<Done, String> {
-        match (job, *num_blocks) {
+    /// Tells of the first of the begun steps if it is over. If it failed, so did those behind it.
+    fn look(&mut self, work: &mut Work, done: impl Fn(u64, Done)) {
+        let Some(first) = work.begun.front_mut() else { return };
+        let result = match self.device.poll() {
+            Ok(None) => return first.pause.get_or_insert_with(Pause::new).wait(),
+            Ok(Some(ShardOutput { forward, rows })) => Ok(Answer { step: first.step, forward, rows }),
+            Err(error) => Err(error),
+        };
+        let has_failed = result.is_err();
+        let BegunStep { epoch, step, .. } = work.begun.pop_front().expect("looked at above");
+        let outcome = of_moment(result).map(|result| Done::Stepped { step, result });
+        done(epoch, self.told(epoch, outcome));
+        if has_failed {
+            work.begun.drain(..).for_each(|behind| done(behind.epoch, Done::Aborted));
+        }
+    }
+
+    /// How a job ended, for the agent.
+    fn told(&self, epoch: u64, outcome: Result<Done, String>) -> Done {
+        match outcome {
+            Err(reason) => Done::Unfit(reason),
+            Ok(_) if self.aborts.is_over(epoch) => Done::Aborted,
+            Ok(outcome) => outcome,
+        }
+    }
+
+    /// Does one job, or begins it: then there is nothing to tell yet. `Err` says why this rank is not fit for any.
+    fn perform(&mut self, epoch: u64, job: Job, work: &mut Work) -> Result<Option<Done>, String> {
+        match (job, work.num_blocks) {
             (Job::Form { num_blocks: wanted, members }, _) => {
-                *num_blocks = None;
+                work.num_blocks = None;
                 let formed = of_moment(self.form(epoch, wanted as usize, &members))?;
-                *num_blocks = formed.is_ok().then_some(wanted as usize);
-                Ok(Done::Formed(formed))
+                work.num_blocks = formed.is_ok().then_some(wanted as usize);
+                Ok(Some(Done::Formed(formed)))
             }
             (Job::Step(step), Some(num_blocks)) => {
-                let result = of_moment(self.step(&step, num_blocks, batch))?;
-                Ok(Done::Stepped { step: step.plan.step, result })
+                let number = step.plan.step;
+                Ok(match of_moment(self.begin(&step, num_blocks, &mut work.batch))? {
+                    Ok(()) => {
+                        work.begun.push_back(BegunStep { epoch, step: number, pause: None });
+                        None
+                    }
+                    Err(reason) => Some(Done::Stepped { step: number, result: Err(reason) }),
+                })
             }
             (Job::Poison(blocks), Some(_)) => {
                 self.device.fill_nan(&blocks);
-                Ok(Done::Poisoned)
+                Ok(Some(Done::Poisoned))
             }
             // The agent hands out work of an epoch only after it has formed.
-            (Job::Step(_) | Job::Poison(_), None) => Ok(Done::Aborted),
+            (Job::Step(_) | Job::Poison(_), None) => Ok(Some(Done::Aborted)),
         }
     }
 
@@ -144,13 +180,13 @@ impl Compute<'_> {
     fn check(&self, step: &Step, num_blocks: usize) -> Result<(), String> {
         let (plan, vocab_size) = (&step.plan, self.device.vocab_size());
         let block_size = plan.block_size as usize;
+        let kept_tokens = self.device.kept_tokens();
         let is_block = |block: &u32| (*block as usize) < num_blocks;
         let fits = |sequence: &PlannedSequence| {
             let end = sequence.context_len as usize + sequence.token_ids.len();
             !sequence.token_ids.is_empty()
                 && sequence.token_ids.iter().all(|id| (*id as usize) < vocab_size)
-                // A rank has finished every step before it is given the next.
-                && sequence.pending_row.is_none()
+                && sequence.pending_row.is_none_or(|row| (row as usize) < kept_tokens)
                 && sequence.block_table.len() == end.div_ceil(block_size)
                 && sequence.block_table.iter().all(is_block)
                 && sequence.logits_rows.iter().all(|row| (*row as usize) < sequence.token_ids.len())
@@ -175,12 +211,7 @@ impl Compute<'_> {
         }
     }
 
-    fn step(
-        &mut self,
-        step: &Step,
-        num_blocks: usize,
-        batch: &mut ForwardBatch,
-    ) -> Result<Answer, ShardError> {
+    fn begin(&mut self, step: &Step, num_blocks: usize, batch: &mut ForwardBatch) -> Result<(), ShardError> {
         let digest = step.plan.digest();
         if digest != step.digest {
             let reason = format!("its plan's digest is {digest:x}, the leader's {:x}", step.digest);
@@ -191,9 +222,25 @@ impl Compute<'_> {
         faults::before_step(step.plan.step);
         prepare(&step.plan, batch);
         let rows: Vec<_> = step.rows.iter().map(OwnedRow::borrow).collect();
-        let output = self.device.step(batch, &rows)?;
-        Ok(Answer { step: step.plan.step, forward: output.forward, rows: output.rows })
+        self.device.begin(batch, &rows)
     }
+}
+
+/// What the computing thread keeps from job to job.
+#[derive(Default)]
+struct Work {
+    batch: ForwardBatch,
+    /// KV blocks of the live epoch, once it has formed.
+    num_blocks: Option<usize>,
+    /// Steps that are not over, in order.
+    begun: VecDeque<BegunStep>,
+}
+
+struct BegunStep {
+    epoch: u64,
+    step: u64,
+    /// Since it was first looked at.
+    pause: Option<Pause>,
 }
 
 /// Faults that tests of debug builds ask for by environment variables.

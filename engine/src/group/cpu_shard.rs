@@ -25,12 +25,14 @@ pub(crate) struct CpuShard {
     sampler: RowSampler,
     kv: Option<KvCache>,
     comm: Option<TcpCommunicator>,
+    /// What the last step came to.
+    output: Option<ShardOutput>,
 }
 
 impl CpuShard {
     pub(crate) fn new(cpu: Cpu, model: Llama, kv_dtype: KvDType, spin: bool) -> Self {
         let sampler = RowSampler::new(&cpu, model.config().vocab_size);
-        Self { cpu, model, kv_dtype, spin, sampler, kv: None, comm: None }
+        Self { cpu, model, kv_dtype, spin, sampler, kv: None, comm: None, output: None }
     }
 }
 
@@ -53,14 +55,19 @@ impl ShardDevice for CpuShard {
         Ok(())
     }
 
-    fn step(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<ShardOutput, ShardError> {
+    fn begin(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<(), ShardError> {
         let (Some(kv), Some(comm)) = (&mut self.kv, &mut self.comm) else {
             return Err(ShardError::Failed("no group was formed".into()));
         };
         let start = Instant::now();
         let logits = self.model.forward_shard(&self.cpu, batch, kv, comm)?;
         let forward = start.elapsed();
-        Ok(ShardOutput { forward, rows: self.sampler.sample(&self.cpu, logits, rows) })
+        self.output = Some(ShardOutput { forward, rows: self.sampler.sample(&self.cpu, logits, rows) });
+        Ok(())
+    }
+
+    fn poll(&mut self) -> Result<Option<ShardOutput>, ShardError> {
+        Ok(self.output.take())
     }
 
     fn fill_nan(&mut self, blocks: &[u32]) {

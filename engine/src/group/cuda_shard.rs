@@ -1,18 +1,19 @@
 //! A rank's share on a GPU.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use tandem_kernels::comm::{
     CommError, Communicator, DeviceCollectives, DeviceCommError, HostCollectives, Meeting, Nccl, NcclAbort,
-    NcclCollectives, NcclCommunicator, NcclError, NcclOptions, NcclUniqueId, ONE_SHOT_BYTES, ONE_SHOT_RANKS,
-    OneShot, OneShotAbort, OneShotMemory, SmallSums, TcpCommunicator, TcpOptions,
+    NcclCollectives, NcclCommunicator, NcclError, NcclOptions, NcclUniqueId, NcclWait, ONE_SHOT_BYTES,
+    ONE_SHOT_RANKS, OneShot, OneShotAbort, OneShotMemory, SmallSums, TcpCommunicator, TcpOptions,
 };
 use tandem_kernels::cuda::CudaError;
 use tandem_models::ForwardBatch;
 
 use super::cpu_shard::COLLECTIVE_TIMEOUT;
 use super::device::{Forming, ShardDevice, ShardError, ShardOutput};
-use crate::executor::cuda::{STEP_DEADLINE, wait_for_device};
+use crate::executor::cuda::STEP_DEADLINE;
 use crate::executor::cuda_step::{CudaStep, QueuedStep};
 use crate::sample_row::SampleRow;
 
@@ -67,6 +68,18 @@ pub(crate) struct CudaShard {
     others: Option<Connected>,
     /// Taken for the first group, kept for all.
     one_shot: Option<OneShotMemory>,
+    /// Steps that were begun.
+    queued: VecDeque<Queued>,
+    /// When the last step was over.
+    last_done: Instant,
+}
+
+/// A step that was begun.
+struct Queued {
+    step: QueuedStep,
+    start: Instant,
+    /// Once it is the first.
+    wait: Option<NcclWait>,
 }
 
 enum Connected {
@@ -76,11 +89,20 @@ enum Connected {
 
 impl CudaShard {
     pub(crate) fn new(step: CudaStep, transport: Transport, custom_all_reduce: CustomAllReduce) -> Self {
-        Self { step, transport, custom_all_reduce, others: None, one_shot: None }
+        Self {
+            step,
+            transport,
+            custom_all_reduce,
+            others: None,
+            one_shot: None,
+            queued: VecDeque::new(),
+            last_done: Instant::now(),
+        }
     }
 
     /// Ends what an older epoch left: recorded steps first, for they hold the communicator.
     fn part(&mut self) -> Result<(), ShardError> {
+        self.queued.clear();
         self.step.model.forget_graphs();
         let Some(others) = self.others.take() else { return Ok(()) };
         others.give_up();
@@ -209,21 +231,43 @@ impl ShardDevice for CudaShard {
         ready
     }
 
-    fn step(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<ShardOutput, ShardError> {
+    fn begin(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<(), ShardError> {
         let Some(others) = &mut self.others else {
             return Err(ShardError::Failed("no group was formed".into()));
         };
         let start = Instant::now();
-        let queued = self
+        let step = self
             .step
             .queue(batch, rows, Some(others.collectives()))
             .map_err(|error| of_step(&self.step, error))?;
-        if let Err(error) = others.wait(&self.step, &queued) {
-            others.give_up();
-            return Err(of_step(&self.step, error));
+        self.queued.push_back(Queued { step, start, wait: None });
+        Ok(())
+    }
+
+    fn poll(&mut self) -> Result<Option<ShardOutput>, ShardError> {
+        let (Some(queued), Some(others)) = (self.queued.front_mut(), &self.others) else { return Ok(None) };
+        match others.look(&self.step, queued) {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(error) => {
+                others.give_up();
+                return Err(of_step(&self.step, error));
+            }
         }
-        let forward = start.elapsed();
-        Ok(ShardOutput { forward, rows: self.step.collect(&queued).map_err(of_device)? })
+        let since = queued.start.max(self.last_done);
+        self.last_done = Instant::now();
+        let rows = self.step.collect(&queued.step).map_err(of_device)?;
+        self.queued.pop_front();
+        Ok(Some(ShardOutput { forward: self.last_done - since, rows }))
+    }
+
+    fn computes_beside(&self) -> bool {
+        // By way of the host a step is queued only as it is computed.
+        matches!(self.others, Some(Connected::Nccl(_)))
+    }
+
+    fn kept_tokens(&self) -> usize {
+        self.step.kept_tokens()
     }
 
     fn fill_nan(&mut self, blocks: &[u32]) {
@@ -259,20 +303,25 @@ impl Connected {
         }
     }
 
-    /// Waits until a step is done, while it looks whether the communicator was given up or has failed.
-    fn wait(&self, step: &CudaStep, queued: &QueuedStep) -> Result<(), DeviceCommError> {
-        match self {
-            Self::Nccl(sums) => sums.others.0.wait(STEP_DEADLINE, || step.is_done(queued))?,
-            Self::Host(_) if wait_for_device(step, queued)? => {}
+    /// Whether the first of the queued steps is done; looks whether the communicator was given up or has failed.
+    fn look(&self, step: &CudaStep, queued: &mut Queued) -> Result<bool, DeviceCommError> {
+        let Queued { step: queued, start, wait } = queued;
+        let is_done = match self {
+            Self::Nccl(sums) => {
+                let wait = wait.get_or_insert_with(|| NcclWait::begin(STEP_DEADLINE));
+                sums.others.0.look(wait, || step.is_done(queued))?
+            }
+            Self::Host(_) if step.is_done(queued)? => true,
+            Self::Host(_) if start.elapsed() < STEP_DEADLINE => false,
             Self::Host(_) => {
                 let ms = STEP_DEADLINE.as_millis();
                 return Err(NcclError::Timeout { what: "a step", ms }.into());
             }
-        }
+        };
         // Given up, kernels end as if they had the sums.
-        match self.one_shot().is_some_and(OneShot::is_aborted) {
+        match is_done && self.one_shot().is_some_and(OneShot::is_aborted) {
             true => Err(CommError::Aborted.into()),
-            false => Ok(()),
+            false => Ok(is_done),
         }
     }
 }

@@ -19,11 +19,27 @@ pub(crate) trait ShardDevice {
     /// In words; what was formed before is gone, too.
     fn form(&mut self, forming: Forming<'_>) -> Result<(), ShardError>;
 
-    /// Computes a step together with all others, and on rank 0 answers the rows; how long the model took.
+    /// Begins a step together with all others; what comes of it [`ShardDevice::poll`] tells.
     ///
     /// # Errors
     /// In words; the others cannot go on either.
-    fn step(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<ShardOutput, ShardError>;
+    fn begin(&mut self, batch: &ForwardBatch, rows: &[SampleRow<'_>]) -> Result<(), ShardError>;
+
+    /// What the step came to that was begun first of those not over, if it is over: on rank 0 with answers to the rows. Does not wait.
+    ///
+    /// # Errors
+    /// In words; the others cannot go on either, and no step that was begun is over any more.
+    fn poll(&mut self) -> Result<Option<ShardOutput>, ShardError>;
+
+    /// Whether one more step can be begun before the last is over.
+    fn computes_beside(&self) -> bool {
+        false
+    }
+
+    /// Rows of the step that was begun last whose tokens the next one can take ([`ForwardBatch::pending_tokens`]).
+    fn kept_tokens(&self) -> usize {
+        0
+    }
 
     /// Overwrites the KV of these blocks with NaN.
     fn fill_nan(&mut self, blocks: &[u32]);

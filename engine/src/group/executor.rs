@@ -17,7 +17,8 @@ use super::pace::Pace;
 use super::scout::Scout;
 use super::status::{GroupReport, GroupState, GroupStatus};
 use crate::error::{ExecutorError, ExecutorErrorKind};
-use crate::executor::{Executor, ExecutorStatus, StepOutput};
+use crate::executor::cuda_step::keeps_tokens;
+use crate::executor::{Begun, Executor, ExecutorStatus, StepOutput};
 use crate::sample_row::SampleRow;
 use crate::step_plan::StepPlan;
 
@@ -42,6 +43,13 @@ struct Connection {
     writer: LinkWriter,
 }
 
+/// A step that the ranks were sent.
+struct BegunStep {
+    number: u64,
+    num_tokens: usize,
+    start: Instant,
+}
+
 /// Runs plans on all ranks of a group.
 pub(crate) struct GroupExecutor {
     leader: Leader,
@@ -52,6 +60,12 @@ pub(crate) struct GroupExecutor {
     rejections: VecDeque<(Instant, String)>,
     scout: Scout,
     pace: Pace,
+    /// The ranks' devices compute beside them: steps are begun before the last is over.
+    begins: bool,
+    /// Steps that were begun, in order.
+    begun: VecDeque<BegunStep>,
+    /// When the last answer came.
+    last_answer: Instant,
     status: GroupStatus,
     /// The engine was told to take no new requests.
     has_asked_for_rest: bool,
@@ -63,9 +77,10 @@ pub(crate) struct GroupExecutor {
 }
 
 impl GroupExecutor {
-    /// Listens for ranks. `status` is kept up to date.
+    /// Listens for ranks, whose devices compute beside them if `begins`. `status` is kept up to date.
     pub(crate) fn start(
         config: LeaderConfig,
+        begins: bool,
         listener: TcpListener,
         key: Option<GroupKey>,
         incarnation: Incarnation,
@@ -92,6 +107,9 @@ impl GroupExecutor {
             rejections: VecDeque::new(),
             scout,
             pace: Pace::default(),
+            begins,
+            begun: VecDeque::new(),
+            last_answer: Instant::now(),
             status,
             has_asked_for_rest: false,
             actions: Vec::new(),
@@ -245,9 +263,32 @@ impl GroupExecutor {
         self.act();
     }
 
-    fn answer_to(&mut self, plan: &StepPlan, deadline: Duration) -> Result<Answer, ExecutorError> {
+    /// Sends a step to all ranks. Rows go to the one that answers, and to all if their tokens stay on the devices.
+    fn send_step(
+        &mut self,
+        plan: &StepPlan,
+        rows: &[SampleRow<'_>],
+        to_all: bool,
+    ) -> Result<BegunStep, ExecutorError> {
         let start = Instant::now();
-        let mut looked_up = start;
+        let (kind, [with_rows, without]) = encode_step(plan, rows);
+        if with_rows.len() > MAX_MESSAGE {
+            let message = format!(
+                "a step of {} bytes is more than ranks take, {MAX_MESSAGE}: fewer requests with long lists of tokens at once",
+                with_rows.len()
+            );
+            return Err(ExecutorError { message, kind: ExecutorErrorKind::Step });
+        }
+        self.broadcast(kind, &with_rows, if to_all { &with_rows } else { &without });
+        Ok(BegunStep { number: plan.step, num_tokens: plan.num_tokens(), start })
+    }
+
+    /// Waits for the answer to a step, the first of those that are not over.
+    fn answer_to(&mut self, step: &BegunStep) -> Result<StepOutput, ExecutorError> {
+        // Until then the ranks were at the one before.
+        let start = step.start.max(self.last_answer);
+        let deadline = self.pace.deadline(step.num_tokens);
+        let mut looked_up = Instant::now();
         let epoch = self.leader.epoch();
         loop {
             if self.leader.state() != State::Ready || self.leader.epoch() != epoch {
@@ -256,13 +297,14 @@ impl GroupExecutor {
                 self.publish();
                 return Err(ExecutorError { message, kind: ExecutorErrorKind::GroupLost });
             }
-            if let Some(answer) = self.leader.take_answer(plan.step) {
-                self.pace.note(plan.num_tokens(), start.elapsed());
-                return Ok(answer);
+            if let Some(Answer { forward, rows, .. }) = self.leader.take_answer(step.number) {
+                self.last_answer = Instant::now();
+                self.pace.note(step.num_tokens, self.last_answer - start);
+                return Ok(StepOutput { rows, forward });
             }
             if start.elapsed() >= deadline {
-                self.pace.overdue(plan.num_tokens(), start.elapsed());
-                self.leader.step_overdue(Instant::now(), plan.step, start.elapsed(), &mut self.actions);
+                self.pace.overdue(step.num_tokens, start.elapsed());
+                self.leader.step_overdue(Instant::now(), step.number, start.elapsed(), &mut self.actions);
                 self.act();
                 continue;
             }
@@ -302,19 +344,23 @@ impl GroupExecutor {
 
 impl Executor for GroupExecutor {
     fn run(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<StepOutput, ExecutorError> {
-        let deadline = self.pace.deadline(plan.num_tokens());
-        let (kind, [first, others]) = encode_step(plan, rows);
-        if first.len() > MAX_MESSAGE {
-            let message = format!(
-                "a step of {} bytes is more than ranks take, {MAX_MESSAGE}: fewer requests with long lists of tokens at once",
-                first.len()
-            );
-            return Err(ExecutorError { message, kind: ExecutorErrorKind::Step });
+        let step = self.send_step(plan, rows, false)?;
+        self.answer_to(&step)
+    }
+
+    fn begin(&mut self, plan: &StepPlan, rows: &[SampleRow<'_>]) -> Result<Begun, ExecutorError> {
+        if !self.begins {
+            return Ok(Begun::Nothing);
         }
-        self.leader.begin_step();
-        self.broadcast(kind, &first, &others);
-        let answer = self.answer_to(plan, deadline)?;
-        Ok(StepOutput { rows: answer.rows, forward: answer.forward })
+        let keeps_tokens = keeps_tokens(rows);
+        let step = self.send_step(plan, rows, keeps_tokens)?;
+        self.begun.push_back(step);
+        Ok(Begun::Step { keeps_tokens })
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        let step = self.begun.pop_front().expect("a step was begun");
+        self.answer_to(&step)
     }
 
     fn poll(&mut self, in_flight: usize) -> ExecutorStatus {
@@ -334,8 +380,10 @@ impl Executor for GroupExecutor {
         }
     }
 
-    // The state machine has told the ranks already when it found the group broken.
-    fn abort(&mut self) {}
+    // The state machine has told the ranks already when it found the group broken. What else was begun they compute for nothing.
+    fn abort(&mut self) {
+        self.begun.clear();
+    }
 
     fn poison_blocks(&mut self, blocks: &[u32]) {
         let (kind, payload) = ToRank::Poison { blocks: blocks.to_vec() }.encode();

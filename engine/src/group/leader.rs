@@ -12,7 +12,7 @@
 //! Invariants: there is at most one epoch that is not aborted; an epoch begins only when every rank has said that nothing of an
 //! older one runs in it; a message of another epoch or incarnation changes nothing and is counted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use tandem_wire::Incarnation;
@@ -36,6 +36,8 @@ const GIVING_UP: Duration = Duration::from_secs(15);
 const LEAVING: Duration = Duration::from_secs(110);
 /// Connections that have not said who they are; more are turned away.
 const MAX_STRANGERS: usize = 64;
+/// Steps that may be under way at once.
+const MAX_ANSWERS: usize = 2;
 /// How much of what a peer says goes into logs and answers.
 const MAX_QUOTED: usize = 256;
 /// Epochs of a process that says it has been in more are made up, unless this leader has been there itself.
@@ -98,7 +100,8 @@ pub(crate) struct Leader {
     next_heartbeat: Instant,
     /// When the next epoch may begin.
     rest_until: Instant,
-    answer: Option<Answer>,
+    /// Those that nobody has taken yet, at most [`MAX_ANSWERS`].
+    answers: VecDeque<Answer>,
     counters: Counters,
     /// Why the last epoch ended.
     last_break: Option<String>,
@@ -155,7 +158,7 @@ impl Leader {
             num_blocks: None,
             next_heartbeat: now,
             rest_until: now,
-            answer: None,
+            answers: VecDeque::new(),
             counters: Counters::default(),
             last_break: None,
         }
@@ -309,7 +312,11 @@ impl Leader {
             }
             ToLeader::Answer(answer) if rank == 0 => {
                 member.step = answer.step;
-                self.answer = Some(answer);
+                if self.answers.len() == MAX_ANSWERS {
+                    self.answers.pop_front();
+                    self.counters.stale_messages += 1;
+                }
+                self.answers.push_back(answer);
             }
             ToLeader::Answer(_) => self.counters.stale_messages += 1,
             ToLeader::StepFailed { step, reason } => {
@@ -381,14 +388,10 @@ impl Leader {
         }
     }
 
-    /// The answer to the step that was sent last, if it has come.
+    /// The answer to a step of the live epoch, if it has come. Steps are asked for in their order: what came to earlier ones is dropped.
     pub(crate) fn take_answer(&mut self, step: u64) -> Option<Answer> {
-        self.answer.take_if(|answer| answer.step == step)
-    }
-
-    /// A step is about to be sent.
-    pub(crate) fn begin_step(&mut self) {
-        self.answer = None;
+        while self.answers.pop_front_if(|answer| answer.step < step).is_some() {}
+        self.answers.pop_front_if(|answer| answer.step == step)
     }
 
     /// The step that was sent takes longer than it may.
@@ -571,7 +574,7 @@ impl Leader {
         }
         tracing::warn!(epoch = self.epoch, reason, "the group breaks");
         self.state = State::Joining;
-        self.answer = None;
+        self.answers.clear();
         self.counters.breaks += 1;
         self.last_break = Some(reason);
         for member in self.members.iter_mut().flatten() {

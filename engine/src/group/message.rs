@@ -291,8 +291,7 @@ impl ToRank {
 
 const STEP_KIND: u8 = 4;
 
-/// Kind of [`ToRank::Step`], and its payloads for the rank that draws and for the others, which get no rows; without the copies
-/// that its owned form would take.
+/// Kind of [`ToRank::Step`], and its payloads with rows and without; without the copies that its owned form would take.
 pub(crate) fn encode_step(plan: &StepPlan, rows: &[SampleRow<'_>]) -> (u8, [Vec<u8>; 2]) {
     let digest = plan.digest();
     let payload = |rows: &[SampleRow<'_>]| {

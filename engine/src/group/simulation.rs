@@ -60,6 +60,8 @@ struct Rank {
     hangs: bool,
     /// Tokens in its KV, and the epoch that wrote them.
     kv: (u64, Vec<u32>),
+    /// What its last step drew.
+    drawn: Option<u32>,
 }
 
 struct World {
@@ -79,14 +81,25 @@ struct World {
     /// Ranks that have begun a step or a forming, by epoch and number of the step or hash of the members.
     begun: HashMap<(u64, u64), Vec<Incarnation>>,
     tokens: Vec<u32>,
-    /// The step that runs, since when, and what it should yield.
-    running: Option<(u64, u64, Duration, u32)>,
+    /// Steps that run, at most two.
+    running: VecDeque<RunningStep>,
     next_step: u64,
-    /// How many tokens the KV of the live epoch holds.
-    cached: (u64, usize),
+    /// How many tokens the KV of the live epoch holds once these are over.
+    planned: (u64, usize),
+    /// Steps that were sent before the last was over.
+    overlapped: usize,
     /// Of this leader's life, and how many there were before it.
     epochs: Vec<u64>,
     num_epochs: usize,
+}
+
+/// A step that all ranks were sent.
+struct RunningStep {
+    number: u64,
+    epoch: u64,
+    since: Duration,
+    /// What it should yield.
+    token: u32,
 }
 
 fn token_after(tokens: &[u32]) -> u32 {
@@ -112,9 +125,10 @@ impl World {
             next_id: 1,
             begun: HashMap::new(),
             tokens: vec![5],
-            running: None,
+            running: VecDeque::new(),
             next_step: 0,
-            cached: (0, 0),
+            planned: (0, 0),
+            overlapped: 0,
             epochs: Vec::new(),
             num_epochs: 0,
             rng,
@@ -143,7 +157,8 @@ impl World {
         self.leader_life = Incarnation(u128::from(self.next_id) << 64);
         self.leader = Some(Leader::new(config, self.instant()));
         // A new leader knows nothing: its stream is the engine's, which starts anew with it.
-        (self.running, self.cached) = (None, (0, 0));
+        self.running.clear();
+        self.planned = (0, 0);
         self.num_epochs += self.epochs.drain(..).count();
     }
 
@@ -166,6 +181,7 @@ impl World {
             aborted: 0,
             hangs: false,
             kv: (0, Vec::new()),
+            drawn: None,
         });
     }
 
@@ -304,43 +320,55 @@ impl World {
     /// What the engine does: one step after another, anew from its tokens when the epoch changes.
     fn drive_stream(&mut self, leader: &mut Leader, out: &mut Vec<Action>) {
         if leader.state() != State::Ready {
-            self.running = None;
+            self.running.clear();
             return;
         }
         let epoch = leader.epoch();
-        if self.cached.0 != epoch {
+        if self.planned.0 != epoch {
             assert!(
                 self.epochs.last().is_none_or(|last| *last < epoch),
                 "epochs grow: {:?}, {epoch}",
                 self.epochs
             );
             self.epochs.push(epoch);
-            (self.cached, self.running) = ((epoch, 0), None);
+            self.planned = (epoch, 0);
+            self.running.clear();
         }
-        if let Some((step, of_epoch, since, expected)) = self.running {
-            assert_eq!(of_epoch, epoch);
-            let Some(answer) = leader.take_answer(step) else {
-                let waited = self.now - since;
+        while let Some(step) = self.running.front() {
+            assert_eq!(step.epoch, epoch);
+            let Some(answer) = leader.take_answer(step.number) else {
+                let waited = self.now - step.since;
                 if waited >= STEP_DEADLINE {
-                    leader.step_overdue(self.instant(), step, waited, out);
-                    self.running = None;
+                    leader.step_overdue(self.instant(), step.number, waited, out);
+                    self.running.clear();
+                    return;
                 }
-                return;
+                break;
             };
             let token = answer.rows[0].as_ref().expect("the model answers").token;
-            assert_eq!(token, expected, "the token of another context");
-            assert_eq!(self.begun[&(epoch, step)].len(), self.size, "all ranks computed it");
-            self.cached.1 = self.tokens.len();
+            assert_eq!(token, step.token, "the token of another context");
+            assert_eq!(self.begun[&(epoch, step.number)].len(), self.size, "all ranks computed it");
             self.tokens.push(token);
-            self.running = None;
+            self.running.pop_front();
         }
-        if self.tokens.len() > TOKENS {
+        let is_full = self.running.len() == 2 || (self.running.len() == 1 && self.rng.once_in(3));
+        if is_full || self.tokens.len() + self.running.len() > TOKENS {
             return;
         }
-        let context = self.cached.1;
+        let context = self.planned.1;
+        let mut known = self.tokens.clone();
+        known.extend(self.running.iter().map(|step| step.token));
+        self.overlapped += self.running.len();
+        let (token_ids, pending_row) = match self.running.is_empty() {
+            true => (known[context..].to_vec(), None),
+            false => (vec![0], Some(0)),
+        };
+        self.planned.1 += token_ids.len();
+        assert_eq!(self.planned.1, known.len(), "every token is planned once");
         let sequence = PlannedSequence {
             context_len: context as u32,
-            token_ids: self.tokens[context..].to_vec(),
+            token_ids,
+            pending_row,
             logits_rows: vec![0],
             ..PlannedSequence::default()
         };
@@ -352,12 +380,12 @@ impl World {
             block_copies: vec![],
         };
         let digest = plan.digest();
-        leader.begin_step();
         for link in leader.links() {
             let step = Step { plan: plan.clone(), digest, rows: Vec::new() };
             out.push(Action::Send { link, epoch, message: ToRank::Step(Box::new(step)) });
         }
-        self.running = Some((self.next_step, epoch, self.now, token_after(&self.tokens)));
+        let token = token_after(&known);
+        self.running.push_back(RunningStep { number: self.next_step, epoch, since: self.now, token });
     }
 
     fn run_rank(&mut self, index: usize) {
@@ -438,15 +466,21 @@ impl World {
         rank.jobs.pop_front();
         let done = match job {
             Job::Form { .. } => {
-                rank.kv = (epoch, Vec::new());
+                (rank.kv, rank.drawn) = ((epoch, Vec::new()), None);
                 Done::Formed(Ok(()))
             }
             Job::Step(step) => {
                 let sequence = &step.plan.sequences[0];
                 assert_eq!(rank.kv.0, epoch, "KV of another epoch");
                 assert_eq!(rank.kv.1.len(), sequence.context_len as usize, "KV of another context");
-                rank.kv.1.extend(&sequence.token_ids);
+                match sequence.pending_row {
+                    None => rank.kv.1.extend(&sequence.token_ids),
+                    Some(row) => {
+                        rank.kv.1.push(rank.drawn.filter(|_| row == 0).expect("a step before this one"))
+                    }
+                }
                 let token = SampledToken { token: token_after(&rank.kv.1), logprobs: None };
+                rank.drawn = Some(token.token);
                 let rows = if rank.number == 0 { vec![Ok(token)] } else { Vec::new() };
                 let answer = Answer { step: step.plan.step, forward: Duration::ZERO, rows };
                 Done::Stepped { step: step.plan.step, result: Ok(answer) }
@@ -533,7 +567,7 @@ fn a_stream_survives_whatever_a_seed_makes_of_the_world() {
         Some(seed) => seed..seed + 1,
         None => 0..number("TANDEM_SIM_SEEDS").unwrap_or(1000),
     };
-    let (mut epochs, runs) = (0, seeds.end - seeds.start);
+    let (mut epochs, mut overlapped, runs) = (0, 0, seeds.end - seeds.start);
     for seed in seeds {
         let mut world = World::new(seed);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.run()));
@@ -542,7 +576,9 @@ fn a_stream_survives_whatever_a_seed_makes_of_the_world() {
             std::panic::resume_unwind(panic);
         }
         epochs += (world.num_epochs + world.epochs.len()) as u64;
+        overlapped += world.overlapped as u64;
     }
+    assert!(overlapped > runs * TOKENS as u64 / 4, "{overlapped} steps overlapped in {runs} runs");
     // Faults that break nothing would show nothing.
     assert!(runs < 10 || epochs > 2 * runs, "{epochs} epochs in {runs} runs");
 }

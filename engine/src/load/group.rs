@@ -190,7 +190,9 @@ impl Inspected {
         let failed = |error: String| LoadError::Executor(ExecutorError::fatal(error));
         let incarnation = Incarnation::random();
         let scout = Scout::start(group.peers, group.rank_port).map_err(|error| failed(error.to_string()))?;
-        let executor = GroupExecutor::start(config, group.listener, group.key, incarnation, scout, status);
+        let begins = self.device.is_some();
+        let executor =
+            GroupExecutor::start(config, begins, group.listener, group.key, incarnation, scout, status);
         let executor = executor.map_err(|error| failed(error.to_string()))?;
         let threads = self.options.threads.unwrap_or((default_threads() / group.gpus_per_pod).max(1));
         Ok(Gathering { executor, inspected: self, options: options.clone(), plan, threads, size: group.size })

@@ -21,7 +21,7 @@ pub use device::{DeviceCollectives, DeviceCommError, HostCollectives, NcclCollec
 pub use error::CommError;
 pub use nccl::{
     NCCL_LIBRARY_VARIABLE, Nccl, NcclAbort, NcclCommunicator, NcclElement, NcclError, NcclOptions,
-    NcclUniqueId,
+    NcclUniqueId, NcclWait,
 };
 pub use one_shot::{Meeting, ONE_SHOT_BYTES, ONE_SHOT_RANKS, OneShot, OneShotAbort, OneShotMemory, Summed};
 pub use tcp::{AbortHandle, TcpCommunicator, TcpOptions};

@@ -307,8 +307,8 @@ impl PinnedBuffer {
         self.bytes
     }
 
-    /// `len` values from byte `offset_bytes` on, for writing. Waits until the last copy from or to this buffer is over, which
-    /// it is if the step that queued it has been read.
+    /// `len` values from byte `offset_bytes` on, for writing. Waits until the last copy from or to this buffer is over: not
+    /// long, if it was queued in front of a step and the step before that has been read.
     ///
     /// # Errors
     /// `Driver`, also for what went wrong in earlier work.

@@ -5,9 +5,6 @@ use std::sync::Arc;
 use super::launcher::{self as sampling, Answers, SampleLists, SampleRow, TokenBias, UsedToken, status};
 use super::{Cuda, CudaError, DeviceBuffer, DeviceSlice, PinnedBuffer, Runner};
 
-/// Entries of each kind of list that all rows of a step may have together.
-const MAX_ENTRIES: usize = 256 * 1024;
-
 /// Draws on a device.
 #[derive(Debug)]
 pub struct Sampler {
@@ -60,6 +57,9 @@ pub enum Drawn {
 pub type Span = (i32, i32);
 
 impl Sampler {
+    /// Entries of each kind of list that all rows of a step may have together.
+    pub const MAX_ENTRIES: usize = 256 * 1024;
+
     /// Takes the memory for steps of at most `max_rows` rows.
     ///
     /// # Errors
@@ -107,7 +107,7 @@ impl Sampler {
     /// Whether lists of these lengths fit beside those of the step so far, and one more row.
     pub fn has_room(&self, used: usize, bias: usize, allowed: usize, banned: usize) -> bool {
         let Lists { used: u, bias: b, allowed: a, banned: n } = &self.lists;
-        let fits = |has: usize, more: usize| has + more <= MAX_ENTRIES;
+        let fits = |has: usize, more: usize| has + more <= Self::MAX_ENTRIES;
         self.rows.len() < self.max_rows
             && fits(u.len(), used)
             && fits(b.len(), bias)
@@ -280,10 +280,10 @@ impl Places {
         };
         Self {
             rows: place(max_rows, size_of::<SampleRow>()),
-            used: place(MAX_ENTRIES, size_of::<UsedToken>()),
-            bias: place(MAX_ENTRIES, size_of::<TokenBias>()),
-            allowed: place(MAX_ENTRIES, 4),
-            banned: place(MAX_ENTRIES, 4),
+            used: place(Sampler::MAX_ENTRIES, size_of::<UsedToken>()),
+            bias: place(Sampler::MAX_ENTRIES, size_of::<TokenBias>()),
+            allowed: place(Sampler::MAX_ENTRIES, 4),
+            banned: place(Sampler::MAX_ENTRIES, 4),
             end,
         }
     }

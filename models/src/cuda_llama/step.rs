@@ -44,8 +44,10 @@ struct Places {
     end: usize,
 }
 
-/// Block copies of one launch.
-const MAX_PAIRS: usize = 256;
+/// Block copies of one launch: all that a step may have, for a second list would wait for the step that is computed.
+fn max_pairs(max: &CudaLlamaOptions) -> usize {
+    max.max_seqs.max(256)
+}
 
 impl Places {
     fn new(max: &CudaLlamaOptions) -> Self {
@@ -65,7 +67,7 @@ impl Places {
             context_lens: place(max.max_seqs),
             block_tables: place(max.max_seqs * stride),
             stride,
-            pairs: place(2 * MAX_PAIRS),
+            pairs: place(2 * max_pairs(max)),
             end,
         }
     }
@@ -77,7 +79,7 @@ impl StepArrays {
         let bytes = 4 * at.end;
         Ok(Self {
             host: cuda.alloc_pinned(bytes)?,
-            host_pairs: cuda.alloc_pinned(4 * 2 * MAX_PAIRS)?,
+            host_pairs: cuda.alloc_pinned(4 * 2 * max_pairs(&max))?,
             device: cuda.alloc_zeroed(bytes)?,
             at,
             max,
@@ -150,7 +152,7 @@ impl StepArrays {
     }
 
     pub(super) fn max_pairs(&self) -> usize {
-        MAX_PAIRS
+        max_pairs(&self.max)
     }
 
     pub(super) fn token_ids(&self) -> Address {

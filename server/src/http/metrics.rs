@@ -142,6 +142,8 @@ fn write_resources(s: &Snapshot, page: &mut Exposition) {
     page.one(Counter, "llm_prefix_cache_query_tokens_total", help, s.prefix_cache_query_tokens);
     let help = "Sequences put back because KV blocks ran out.";
     page.one(Counter, "llm_preemptions_total", help, s.preemptions);
+    let help = "Decode steps that were begun on a device before the one before was over.";
+    page.one(Counter, "llm_overlapped_steps_total", help, s.decode_times.overlapped);
     let help = "Requests with output that went on after the group of ranks broke, once per break.";
     page.one(Counter, "llm_stream_resumes_total", help, s.stream_resumes);
 }

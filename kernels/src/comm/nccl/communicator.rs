@@ -20,6 +20,23 @@ pub struct NcclCommunicator {
     options: NcclOptions,
 }
 
+/// A wait for a step that is under way.
+#[derive(Debug)]
+pub struct NcclWait {
+    pause: Pause,
+    /// Of the time so far, when the communicator is to be looked at again.
+    watched: Duration,
+    timeout: Duration,
+}
+
+impl NcclWait {
+    const WATCH: Duration = Duration::from_millis(1);
+
+    pub fn begin(timeout: Duration) -> Self {
+        Self { pause: Pause::new(), watched: Duration::ZERO, timeout }
+    }
+}
+
 impl NcclCommunicator {
     /// Joins the communicator `id` as `rank` of `size`, with all others; the calling thread is bound to this rank's device
     /// ([`Cuda::bind`]). Waits until all have joined. `abort` gives it up meanwhile and afterwards, and is of no use for another.
@@ -177,30 +194,40 @@ impl NcclCommunicator {
         timeout: Duration,
         mut is_done: impl FnMut() -> Result<bool, CudaError>,
     ) -> Result<(), NcclError> {
-        const WATCH: Duration = Duration::from_millis(1);
-        let pause = Pause::new();
-        let mut watched = Duration::ZERO;
-        loop {
-            match is_done() {
-                Ok(true) => return self.shared.look_at_flag(),
-                Ok(false) => {}
-                Err(error) => return self.shared.fail(error.into()),
-            }
-            let elapsed = pause.elapsed();
-            if elapsed >= watched {
-                // Work in progress beside the stream (a connection being made) is no failure.
-                self.shared.is_ready("a collective")?;
-                watched = elapsed + WATCH;
-            } else {
-                self.shared.look_at_flag()?;
-            }
-            if elapsed >= timeout {
-                return self
-                    .shared
-                    .fail(NcclError::Timeout { what: "a step's collectives", ms: timeout.as_millis() });
-            }
-            pause.wait();
+        let mut wait = NcclWait::begin(timeout);
+        while !self.look(&mut wait, &mut is_done)? {
+            wait.pause.wait();
         }
+        Ok(())
+    }
+
+    /// One look of [`NcclCommunicator::wait`], for who has other things to do in between; whether the wait is over.
+    ///
+    /// # Errors
+    /// As [`NcclCommunicator::wait`].
+    pub fn look(
+        &self,
+        wait: &mut NcclWait,
+        is_done: impl FnOnce() -> Result<bool, CudaError>,
+    ) -> Result<bool, NcclError> {
+        match is_done() {
+            Ok(true) => return self.shared.look_at_flag().map(|()| true),
+            Ok(false) => {}
+            Err(error) => return self.shared.fail(error.into()),
+        }
+        let elapsed = wait.pause.elapsed();
+        if elapsed >= wait.watched {
+            // Work in progress beside the stream (a connection being made) is no failure.
+            self.shared.is_ready("a collective")?;
+            wait.watched = elapsed + NcclWait::WATCH;
+        } else {
+            self.shared.look_at_flag()?;
+        }
+        if elapsed >= wait.timeout {
+            let ms = wait.timeout.as_millis();
+            return self.shared.fail(NcclError::Timeout { what: "a step's collectives", ms });
+        }
+        Ok(false)
     }
 
     /// Leaves in order, with all other ranks: nothing of theirs that is in flight is lost. Graphs that hold collectives of this

@@ -25,7 +25,7 @@ use std::fmt;
 
 use self::library::{Functions, Loaded, RawId, SUCCESS};
 
-pub use communicator::{NcclCommunicator, NcclElement, NcclOptions};
+pub use communicator::{NcclCommunicator, NcclElement, NcclOptions, NcclWait};
 pub use error::NcclError;
 pub use library::LIBRARY_VARIABLE as NCCL_LIBRARY_VARIABLE;
 pub use life::NcclAbort;

@@ -57,7 +57,7 @@ pub(super) struct Overhead {
     emitting: f64,
     total: f64,
     us_per_step: f64,
-    /// Share of the steps that were planned beside a device, at no cost.
+    /// Share of the steps that were planned while a device computed the one before; the time for it is the model's.
     overlapped_steps: f64,
 }
 
