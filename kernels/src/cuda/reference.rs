@@ -1,5 +1,7 @@
 //! Plain loops: what the kernels compute, in f64, for comparison only.
 
+use std::sync::LazyLock;
+
 use super::launcher::SampleRow;
 use crate::sampling::{NoiseKey, gumbel};
 
@@ -44,11 +46,15 @@ pub(super) fn f64_of_fp8(x: u8) -> f64 {
 
 /// The nearest e4m3, the even one of two; at most 448.
 pub(super) fn fp8_of_f64(x: f64) -> u8 {
-    let distance = |code: u8| (f64_of_fp8(code) - x.abs()).abs();
-    let nearest = (0..0x7f)
+    /// Ascending: all that are not negative.
+    static MAGNITUDES: LazyLock<[f64; 0x7f]> =
+        LazyLock::new(|| std::array::from_fn(|code| f64_of_fp8(code as u8)));
+    let above = MAGNITUDES.partition_point(|magnitude| *magnitude < x.abs());
+    let distance = |code: usize| (MAGNITUDES[code] - x.abs()).abs();
+    let nearest = (above.saturating_sub(1)..=above.min(0x7e))
         .min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))))
         .expect("there are codes");
-    nearest | if x.is_sign_negative() { 0x80 } else { 0 }
+    nearest as u8 | if x.is_sign_negative() { 0x80 } else { 0 }
 }
 
 /// Four words of Philox4x32-10.
@@ -147,5 +153,24 @@ pub(super) fn log_probs(row: &[f32], target: usize, num_top: usize) -> RowLogPro
         target: f64::from(row[target]) - log_sum,
         rank: 1 + row.iter().filter(|&&x| x > row[target]).count() as i32,
         top: (0..num_top).map(|i| best(i).unwrap_or((-1, f64::NEG_INFINITY))).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn the_nearest_e4m3_is_that_of_all() {
+        let distance = |code: u8, x: f64| (f64_of_fp8(code) - x.abs()).abs();
+        // Of far larger values all are as far in f64.
+        let values = (0..0x7f80).step_by(3).map(|bits| bf16::from_bits(bits).to_f64());
+        for x in values.filter(|x| *x < 1e6) {
+            let nearest = (0..0x7f)
+                .min_by(|&a, &b| distance(a, x).total_cmp(&distance(b, x)).then((a & 1).cmp(&(b & 1))));
+            assert_eq!((Some(fp8_of_f64(x)), Some(fp8_of_f64(-x) & 0x7f)), (nearest, nearest), "{x}");
+        }
     }
 }
