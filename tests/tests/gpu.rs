@@ -453,8 +453,8 @@ fn are_of_one_model(one: &Server, other: &Server) -> bool {
     })
 }
 
-/// Where GPUs do not reach each other's memory, or what is read there is wrong, sums go by NCCL, and who wants them otherwise is
-/// told why they do not.
+/// Where GPUs do not reach each other's memory, what is read there is wrong, or NCCL is faster, sums go by NCCL, and who wants them
+/// otherwise is told why they do not.
 #[test]
 fn sums_in_one_shot_are_tried_before_they_are_used() {
     let _turn = turn();
@@ -463,7 +463,11 @@ fn sums_in_one_shot_are_tried_before_they_are_used() {
     let wrong = stand_in::wrong_environment(dir.path(), 2, MEMORY, &stand_in::WRONG_SUMS);
     let mut out_of_reach = stand_in::environment(2, MEMORY);
     out_of_reach.push(("STUB_NO_PEERS".into(), "1".into()));
-    for (environment, reason) in [(&wrong, "came out wrong"), (&out_of_reach, "is out of reach")] {
+    let mut slower = stand_in::environment(2, MEMORY);
+    slower.push(("STUB_NCCL_US".into(), "2".into()));
+    let environments =
+        [(&wrong, "came out wrong"), (&out_of_reach, "is out of reach"), (&slower, "it is faster")];
+    for (environment, reason) in environments {
         let group = start_with("dummy-d64", "cuda", &TWO_RANKS, environment);
         let output = group.output();
         assert!(output.contains(reason) && !output.contains(IN_ONE_SHOT), "{output}");

@@ -36,16 +36,17 @@ pub(crate) struct QueuedStep {
     host_rows: Vec<(usize, OwnedRow)>,
 }
 
-/// Whether the GPU answers all of these rows, and keeps their tokens for the next step.
+/// Whether the GPU answers all of these rows, and the next step could take their tokens: not where the next draw depends on them.
 pub(crate) fn keeps_tokens(rows: &[SampleRow<'_>]) -> bool {
-    let (mut used, mut bias, mut allowed, mut banned) = (0, 0, 0, 0);
+    let (mut bias, mut allowed, mut banned) = (0, 0, 0);
     rows.iter().all(|row| {
         let RowKind::Sample(draw) = &row.kind else { return false };
-        used += draw.used_tokens.len();
         bias += draw.logit_bias.len();
         allowed += draw.allowed_token_ids.map_or(0, <[u32]>::len);
         banned += draw.banned_token_ids.len();
-        row.logprobs.is_none() && [used, bias, allowed, banned].iter().all(|len| *len <= Sampler::MAX_ENTRIES)
+        row.logprobs.is_none()
+            && draw.used_tokens.is_empty()
+            && [bias, allowed, banned].iter().all(|len| *len <= Sampler::MAX_ENTRIES)
     })
 }
 

@@ -108,6 +108,7 @@ impl Compute<'_> {
         let outcome = of_moment(result).map(|result| Done::Stepped { step, result });
         done(epoch, self.told(epoch, outcome));
         if has_failed {
+            work.num_blocks = None;
             work.begun.drain(..).for_each(|behind| done(behind.epoch, Done::Aborted));
         }
     }
@@ -137,14 +138,18 @@ impl Compute<'_> {
                         work.begun.push_back(BegunStep { epoch, step: number, pause: None });
                         None
                     }
-                    Err(reason) => Some(Done::Stepped { step: number, result: Err(reason) }),
+                    Err(reason) => {
+                        work.num_blocks = None;
+                        Some(Done::Stepped { step: number, result: Err(reason) })
+                    }
                 })
             }
             (Job::Poison(blocks), Some(_)) => {
                 self.device.fill_nan(&blocks);
                 Ok(Some(Done::Poisoned))
             }
-            // The agent hands out work of an epoch only after it has formed.
+            // The agent hands out work of an epoch only after it has formed. After a step that failed nothing of the epoch is right,
+            // which the leader may not know yet.
             (Job::Step(_) | Job::Poison(_), None) => Ok(Some(Done::Aborted)),
         }
     }
@@ -230,7 +235,7 @@ impl Compute<'_> {
 #[derive(Default)]
 struct Work {
     batch: ForwardBatch,
-    /// KV blocks of the live epoch, once it has formed.
+    /// KV blocks of the live epoch, once it has formed and until a step of it fails.
     num_blocks: Option<usize>,
     /// Steps that are not over, in order.
     begun: VecDeque<BegunStep>,
@@ -277,3 +282,6 @@ fn of_moment<T>(result: Result<T, ShardError>) -> Result<Result<T, String>, Stri
         Err(ShardError::Unfit(reason)) => Err(reason),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use tandem_kernels::comm::{
     CommError, Communicator, DeviceCollectives, DeviceCommError, HostCollectives, Meeting, Nccl, NcclAbort,
-    NcclCollectives, NcclCommunicator, NcclError, NcclOptions, NcclUniqueId, NcclWait, ONE_SHOT_BYTES,
-    ONE_SHOT_RANKS, OneShot, OneShotAbort, OneShotMemory, SmallSums, TcpCommunicator, TcpOptions,
+    NcclCollectives, NcclCommunicator, NcclError, NcclOptions, NcclUniqueId, NcclWait, ONE_SHOT_RANKS,
+    OneShot, OneShotAbort, OneShotMemory, SmallSums, TcpCommunicator, TcpOptions,
 };
 use tandem_kernels::cuda::CudaError;
 use tandem_models::ForwardBatch;
@@ -123,6 +123,23 @@ impl CudaShard {
         Ok(())
     }
 
+    fn look_at_first(&mut self) -> Result<Option<ShardOutput>, ShardError> {
+        let (Some(queued), Some(others)) = (self.queued.front_mut(), &self.others) else { return Ok(None) };
+        match others.look(&self.step, queued) {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(error) => {
+                others.give_up();
+                return Err(of_step(&self.step, error));
+            }
+        }
+        let since = queued.start.max(self.last_done);
+        self.last_done = Instant::now();
+        let rows = self.step.collect(&queued.step).map_err(of_device)?;
+        self.queued.pop_front();
+        Ok(Some(ShardOutput { forward: self.last_done - since, rows }))
+    }
+
     fn make_ready(&mut self, num_blocks: usize, others: &mut Connected) -> Result<(), ShardError> {
         self.step.model.allocate_kv(num_blocks).map_err(of_device)?;
         self.step.model.record(Some(others.collectives())).map_err(|error| of_step(&self.step, error))
@@ -144,6 +161,7 @@ impl CudaShard {
                 return Err(given_up());
             }
             let one_shot = self.meet(&mut comm, small)?;
+            tell(one_shot.as_ref());
             return Ok(Connected::Host(SmallSums { others: HostCollectives::new(comm), one_shot }));
         }
         let nccl = Nccl::open()?;
@@ -167,7 +185,28 @@ impl CudaShard {
         let communicator = NcclCommunicator::init(&abort, &id, place, NcclOptions::default());
         let communicator = communicator.map_err(|error| of_step(&self.step, error.into()))?;
         let one_shot = self.meet(&mut comm, small)?;
-        Ok(Connected::Nccl(SmallSums { others: NcclCollectives(communicator), one_shot }))
+        let mut sums = SmallSums { others: NcclCollectives(communicator), one_shot };
+        if self.custom_all_reduce == CustomAllReduce::Auto {
+            self.keep_the_faster(&mut sums, &mut comm)?;
+        }
+        tell(sums.one_shot.as_ref());
+        Ok(Connected::Nccl(sums))
+    }
+
+    /// Small sums by whatever is faster.
+    fn keep_the_faster(
+        &self,
+        sums: &mut SmallSums<NcclCollectives>,
+        comm: &mut TcpCommunicator,
+    ) -> Result<(), ShardError> {
+        let Some(memory) = &self.one_shot else { return Ok(()) };
+        let times = sums.keep_the_faster(self.step.model.runner(), comm, memory);
+        let times = times.map_err(|error| of_step(&self.step, error))?;
+        times.iter().for_each(|times| tracing::debug!(%times, "a sum over ranks"));
+        if let (None, Some(smallest)) = (&sums.one_shot, times.first()) {
+            tracing::info!(reason = "it is faster", %smallest, "small sums over ranks go by NCCL");
+        }
+        Ok(())
     }
 
     /// What will end sums in one shot, if they are to be tried: a question whose answer all ranks have alike.
@@ -201,10 +240,7 @@ impl CudaShard {
             .meet(self.step.model.runner(), comm, &abort)
             .map_err(|error| of_step(&self.step, error))?;
         match meeting {
-            Meeting::All(one_shot) => {
-                tracing::info!(most_bytes = ONE_SHOT_BYTES, "small sums over ranks are made in one shot");
-                Ok(Some(one_shot))
-            }
+            Meeting::All(one_shot) => Ok(Some(one_shot)),
             Meeting::NotAll(reason) if self.custom_all_reduce == CustomAllReduce::Always => {
                 Err(cannot_be(reason.as_deref().unwrap_or("another rank cannot")))
             }
@@ -245,20 +281,11 @@ impl ShardDevice for CudaShard {
     }
 
     fn poll(&mut self) -> Result<Option<ShardOutput>, ShardError> {
-        let (Some(queued), Some(others)) = (self.queued.front_mut(), &self.others) else { return Ok(None) };
-        match others.look(&self.step, queued) {
-            Ok(true) => {}
-            Ok(false) => return Ok(None),
-            Err(error) => {
-                others.give_up();
-                return Err(of_step(&self.step, error));
-            }
+        let outcome = self.look_at_first();
+        if outcome.is_err() {
+            self.queued.clear();
         }
-        let since = queued.start.max(self.last_done);
-        self.last_done = Instant::now();
-        let rows = self.step.collect(&queued.step).map_err(of_device)?;
-        self.queued.pop_front();
-        Ok(Some(ShardOutput { forward: self.last_done - since, rows }))
+        outcome
     }
 
     fn computes_beside(&self) -> bool {
@@ -323,6 +350,13 @@ impl Connected {
             true => Err(CommError::Aborted.into()),
             false => Ok(is_done),
         }
+    }
+}
+
+fn tell(one_shot: Option<&OneShot>) {
+    if let Some(one_shot) = one_shot {
+        let most_bytes = one_shot.most_bytes();
+        tracing::info!(most_bytes, "small sums over ranks are made in one shot");
     }
 }
 

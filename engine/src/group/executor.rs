@@ -352,7 +352,9 @@ impl Executor for GroupExecutor {
         if !self.begins {
             return Ok(Begun::Nothing);
         }
-        let keeps_tokens = keeps_tokens(rows);
+        // One with prompts is never followed before it is over, so nobody but rank 0 needs its tokens.
+        let is_decode = plan.sequences.iter().all(|sequence| sequence.token_ids.len() == 1);
+        let keeps_tokens = is_decode && keeps_tokens(rows);
         let step = self.send_step(plan, rows, keeps_tokens)?;
         self.begun.push_back(step);
         Ok(Begun::Step { keeps_tokens })

@@ -1,11 +1,11 @@
 //! What a leader does about peers that have the key and say what no rank of this version would.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tandem_wire::Incarnation;
 
 use super::leader::{Action, Leader, LeaderConfig, LinkId, State};
-use super::message::{Hello, Loaded, Term, ToLeader, ToRank};
+use super::message::{Answer, Hello, Loaded, Term, ToLeader, ToRank};
 
 fn leader(now: Instant) -> Leader {
     let config = LeaderConfig {
@@ -76,4 +76,44 @@ fn what_a_peer_says_is_quoted_in_part() {
     assert_eq!(leader.counters().refusals, 1);
     leader.rejected();
     assert_eq!(leader.counters().refusals, 2);
+}
+
+#[test]
+fn answers_are_taken_in_the_order_of_steps_and_are_bounded() {
+    let mut leader = leader(Instant::now());
+    let say = |leader: &mut Leader, link: LinkId, epoch: u64, message: ToLeader| {
+        let from = (epoch, Incarnation(u128::from(link)));
+        leader.message(Instant::now(), link, from, message, &mut Vec::new());
+    };
+    for rank in 0..2 {
+        let link = LinkId::from(rank) + 1;
+        greet(&mut leader, link, rank, 0, "right");
+        say(
+            &mut leader,
+            link,
+            0,
+            ToLeader::Loaded(Loaded { max_blocks: 10, weight_bytes: 1, read_bytes: 1 }),
+        );
+    }
+    let epoch = leader.epoch();
+    [1, 2].into_iter().for_each(|link| say(&mut leader, link, epoch, ToLeader::Formed));
+    assert_eq!(leader.state(), State::Ready);
+    let answer = |step| Answer { step, forward: Duration::ZERO, rows: Vec::new() };
+
+    [4, 5].into_iter().for_each(|step| say(&mut leader, 1, epoch, ToLeader::Answer(answer(step))));
+    assert_eq!(leader.take_answer(3), None);
+    assert_eq!((leader.take_answer(4), leader.take_answer(5)), (Some(answer(4)), Some(answer(5))));
+    // Of a step that the engine gave up nobody takes the answer.
+    [6, 7].into_iter().for_each(|step| say(&mut leader, 1, epoch, ToLeader::Answer(answer(step))));
+    assert_eq!((leader.take_answer(7), leader.take_answer(6)), (Some(answer(7)), None));
+
+    (8..12).for_each(|step| say(&mut leader, 1, epoch, ToLeader::Answer(answer(step))));
+    assert_eq!(leader.counters().stale_messages, 2, "more than are under way");
+    assert_eq!((leader.take_answer(10), leader.take_answer(11)), (Some(answer(10)), Some(answer(11))));
+    // Nor of another epoch, nor from another rank.
+    say(&mut leader, 1, epoch, ToLeader::Answer(answer(12)));
+    say(&mut leader, 2, epoch, ToLeader::Answer(answer(13)));
+    assert_eq!(leader.take_answer(13), None);
+    say(&mut leader, 1, epoch, ToLeader::StepFailed { step: 14, reason: "a reason".into() });
+    assert_eq!(leader.take_answer(12), None, "the epoch is over");
 }

@@ -62,6 +62,8 @@ struct Rank {
     kv: (u64, Vec<u32>),
     /// What its last step drew.
     drawn: Option<u32>,
+    /// The epoch in which a step of it failed.
+    failed: u64,
 }
 
 struct World {
@@ -86,8 +88,9 @@ struct World {
     next_step: u64,
     /// How many tokens the KV of the live epoch holds once these are over.
     planned: (u64, usize),
-    /// Steps that were sent before the last was over.
+    /// Steps that were sent before the last was over, and steps that failed on a rank.
     overlapped: usize,
+    failures: usize,
     /// Of this leader's life, and how many there were before it.
     epochs: Vec<u64>,
     num_epochs: usize,
@@ -129,6 +132,7 @@ impl World {
             next_step: 0,
             planned: (0, 0),
             overlapped: 0,
+            failures: 0,
             epochs: Vec::new(),
             num_epochs: 0,
             rng,
@@ -182,6 +186,7 @@ impl World {
             hangs: false,
             kv: (0, Vec::new()),
             drawn: None,
+            failed: 0,
         });
     }
 
@@ -434,12 +439,13 @@ impl World {
     /// The computing thread: the job in front, if it can end.
     fn compute(&mut self, index: usize, out: &mut Vec<AgentAction>) {
         let (now, instant, size) = (self.now, self.instant(), self.size);
+        let fails = self.now < FAULTS_END && self.rng.once_in(200);
         let rank = &mut self.ranks[index];
         let Some((epoch, job)) = rank.jobs.front().cloned() else { return };
         if rank.hangs {
             return;
         }
-        if rank.aborted >= epoch {
+        if rank.aborted >= epoch || rank.failed == epoch {
             rank.jobs.pop_front();
             return rank.agent.done(instant, epoch, Done::Aborted, out);
         }
@@ -465,6 +471,11 @@ impl World {
         }
         rank.jobs.pop_front();
         let done = match job {
+            Job::Step(step) if fails => {
+                rank.failed = epoch;
+                self.failures += 1;
+                Done::Stepped { step: step.plan.step, result: Err("told to".into()) }
+            }
             Job::Form { .. } => {
                 (rank.kv, rank.drawn) = ((epoch, Vec::new()), None);
                 Done::Formed(Ok(()))
@@ -567,7 +578,7 @@ fn a_stream_survives_whatever_a_seed_makes_of_the_world() {
         Some(seed) => seed..seed + 1,
         None => 0..number("TANDEM_SIM_SEEDS").unwrap_or(1000),
     };
-    let (mut epochs, mut overlapped, runs) = (0, 0, seeds.end - seeds.start);
+    let (mut epochs, mut overlapped, mut failures, runs) = (0, 0, 0, seeds.end - seeds.start);
     for seed in seeds {
         let mut world = World::new(seed);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.run()));
@@ -577,7 +588,9 @@ fn a_stream_survives_whatever_a_seed_makes_of_the_world() {
         }
         epochs += (world.num_epochs + world.epochs.len()) as u64;
         overlapped += world.overlapped as u64;
+        failures += world.failures as u64;
     }
+    assert!(runs < 10 || failures > runs / 2, "{failures} steps failed in {runs} runs");
     assert!(overlapped > runs * TOKENS as u64 / 4, "{overlapped} steps overlapped in {runs} runs");
     // Faults that break nothing would show nothing.
     assert!(runs < 10 || epochs > 2 * runs, "{epochs} epochs in {runs} runs");

@@ -173,7 +173,7 @@ pub struct SmallSums<C> {
 
 impl<C> SmallSums<C> {
     fn one_shot<T: Summed>(&self, values: DeviceSlice<'_, T>) -> Option<&OneShot> {
-        self.one_shot.as_ref().filter(|_| OneShot::takes(values))
+        self.one_shot.as_ref().filter(|one_shot| one_shot.takes(values))
     }
 }
 

@@ -13,6 +13,7 @@ mod device;
 mod error;
 mod nccl;
 mod one_shot;
+mod sum_times;
 mod tcp;
 
 use std::ops::Range;
@@ -24,6 +25,7 @@ pub use nccl::{
     NcclUniqueId, NcclWait,
 };
 pub use one_shot::{Meeting, ONE_SHOT_BYTES, ONE_SHOT_RANKS, OneShot, OneShotAbort, OneShotMemory, Summed};
+pub use sum_times::SumTimes;
 pub use tcp::{AbortHandle, TcpCommunicator, TcpOptions};
 
 use crate::cpu::{Epilogue, Team};

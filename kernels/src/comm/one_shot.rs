@@ -46,6 +46,8 @@ pub struct OneShotAbort(Arc<HostFlag>);
 pub struct OneShot {
     cuda: Cuda,
     group: Group,
+    /// The most bytes that are summed so in this group.
+    most_bytes: usize,
     abort: OneShotAbort,
     /// Open for as long as kernels read them.
     peers: Vec<PeerBuffer>,
@@ -149,7 +151,13 @@ impl OneShotMemory {
             (_, opened) => return Ok(Meeting::NotAll(opened.err())),
         };
         let group = self.group(comm.rank(), &peers, abort)?;
-        let one_shot = OneShot { cuda: self.cuda.clone(), group, abort: abort.clone(), peers };
+        let one_shot = OneShot {
+            cuda: self.cuda.clone(),
+            group,
+            most_bytes: ONE_SHOT_BYTES,
+            abort: abort.clone(),
+            peers,
+        };
         let tried = one_shot.try_out(runner, &self.trial)?;
         let can = all_can(comm, tried)?;
         match tried {
@@ -157,6 +165,11 @@ impl OneShotMemory {
             true => Ok(Meeting::NotAll(None)),
             false => Ok(Meeting::NotAll(Some("sums that were tried came out wrong, or did not end".into()))),
         }
+    }
+
+    /// What may be written to at any time.
+    pub(super) fn trial(&self) -> &DeviceBuffer {
+        &self.trial
     }
 
     fn flags(&self) -> DeviceSlice<'_, u32> {
@@ -218,9 +231,19 @@ impl OneShot {
         self.abort.is_aborted()
     }
 
+    /// The most bytes that are summed so in this group.
+    pub fn most_bytes(&self) -> usize {
+        self.most_bytes
+    }
+
+    /// Leaves larger sums to others; every rank has to.
+    pub fn limit_to(&mut self, most_bytes: usize) {
+        self.most_bytes = self.most_bytes.min(most_bytes);
+    }
+
     /// Whether so many values are summed so.
-    pub fn takes<T: Summed>(values: DeviceSlice<'_, T>) -> bool {
-        values.len().is_multiple_of(8) && values.bytes() <= ONE_SHOT_BYTES
+    pub fn takes<T: Summed>(&self, values: DeviceSlice<'_, T>) -> bool {
+        values.len().is_multiple_of(8) && values.bytes() <= self.most_bytes
     }
 
     /// Queues `values` = the sum of all ranks' `values`, on every rank. May be captured.
@@ -352,7 +375,7 @@ fn words_of(bytes: &[u8]) -> Vec<f32> {
 }
 
 /// What all ranks give, in their order.
-fn gather(comm: &mut TcpCommunicator, own: &[f32]) -> Result<Vec<f32>, CommError> {
+pub(super) fn gather(comm: &mut TcpCommunicator, own: &[f32]) -> Result<Vec<f32>, CommError> {
     let mut all = vec![0.0; comm.size() * own.len()];
     comm.all_gather_equal(own, &mut all)?;
     Ok(all)
