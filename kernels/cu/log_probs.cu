@@ -1,4 +1,5 @@
-// Log-probabilities under rows of raw logits f32 [R,V]: of a target token with its rank, and of the best tokens.
+// Log-probabilities under rows of raw logits f32 [R,V]: of a target token with its rank, and of the best tokens. A target of -1 - r
+// stands for drawn[r], i32: the token that row r of the draws right before came to. If that is none, nothing is written.
 //
 // One block of 1024 threads per answer. The best tokens come one pass each, which is next to nothing for the few that
 // requests may ask for: the next one is the largest key below the last. Sums are in f32, of at most V/1024 values by each
@@ -14,10 +15,11 @@ DEVICE T reduce(T x, F f, u64* scratch) {
 }
 
 KERNEL(log_probs, 1024, float* target_log_probs, int* ranks, int* top_tokens, float* top_log_probs, const float* logits,
-       const int* rows, const int* targets, int num_top, int vocab_size) {
+       const int* rows, const int* targets, const int* drawn, int num_top, int vocab_size) {
     wait_for_previous_launch();
     __shared__ u64 scratch[THREADS / WARP];
-    const int target = targets[blockIdx.x];
+    const int given = targets[blockIdx.x];
+    const int target = given >= 0 ? given : drawn[-1 - given];
     if (rows[blockIdx.x] < 0 || target < 0) return;
     const float* row = logits + static_cast<size_t>(rows[blockIdx.x]) * vocab_size;
     const float of_target = row[target];

@@ -176,7 +176,7 @@ class Suite:
             ("two ranks beside the CPU", 15, checks.dummy(d64, "--dummy-weights", "bf16", "--tensor-parallel-size", 2)),
             ("two ranks with sums in one shot", 20, checks.dummy(d64, "--dummy-weights", "bf16", "--tensor-parallel-size", 2,
                                                                   "--custom-all-reduce", "always")),
-            ("tokens drawn as on the host", 10, checks.sampling),
+            ("tokens with and without log-probabilities", 10, checks.sampling),
             ("many requests at once", 10, checks.many),
             ("two layers of 8B's widths beside the CPU", 45, checks.wide),
         ]

@@ -253,30 +253,35 @@ fn steps_are_planned_beside_the_gpu() {
     assert_eq!(overlapped(&["--no-async-scheduling"]), 0.0);
 }
 
-/// Choices of one request are rows of one step, whether it is begun before the last is over or, for the host answers what wants
-/// log-probabilities, after.
+/// Changes no logit, and makes a step wait for the tokens of the one before.
+const WAITING: f64 = 1e-20;
+
+/// Choices of one request are rows of one step, whether it is begun before the last is over or after, and whether log-probabilities
+/// are wanted.
 fn choices_do_not_depend_on_overlap(server: &Server) {
     for seed in 0..3 {
-        let [beside, after] = [Value::Null, json!(0)].map(|logprobs| {
+        let [beside, after, scored] = [(0.0, Value::Null), (WAITING, Value::Null), (0.0, json!(2))].map(|(penalty, logprobs)| {
             let body = json!({
                 "prompt": prompt(seed, 20), "max_tokens": 24, "n": 4, "temperature": 1.0, "seed": seed, "ignore_eos": true,
-                "return_token_ids": true, "logprobs": logprobs,
+                "return_token_ids": true, "logprobs": logprobs, "frequency_penalty": penalty,
             });
             let answer = complete(server, body);
             let choices = answer["choices"].as_array().expect("choices").iter();
             choices.map(|choice| choice["token_ids"].clone()).collect::<Vec<Value>>()
         });
-        assert_eq!(beside, after, "seed {seed}");
+        assert_eq!((&beside, &beside), (&after, &scored), "seed {seed}");
         assert!(beside.windows(2).all(|pair| pair[0] != pair[1]), "choices are told apart");
     }
 }
 
-/// A draw on the GPU is that of the host, which answers as soon as log-probabilities are wanted, too; the host's steps wait for each
-/// other.
+/// What the GPU draws and scores is what the host does with the same logits.
 #[test]
 fn tokens_are_drawn_as_on_the_host() {
     let _turn = turn();
-    let server = start("dummy-d64", "cuda", &[]);
+    let device = start("dummy-d64", "cuda", &["--enable-prefix-caching=false"]);
+    let mut environment = stand_in::environment(1, MEMORY);
+    environment.push(("TANDEM_TEST_SAMPLE_ON_HOST".into(), "1".into()));
+    let host = start_with("dummy-d64", "cuda", &["--enable-prefix-caching=false"], &environment);
     let settings = [
         json!({ "temperature": 0 }),
         json!({ "temperature": 1.0 }),
@@ -288,13 +293,40 @@ fn tokens_are_drawn_as_on_the_host() {
         json!({ "temperature": 0, "min_tokens": 8, "stop_token_ids": [285, 20, 52] }),
     ];
     for (seed, settings) in settings.into_iter().enumerate() {
-        let mut with_scores = settings.clone();
-        with_scores["logprobs"] = json!(1);
-        assert_eq!(
-            sampled(&server, seed, settings.clone()),
-            sampled(&server, seed, with_scores),
-            "{settings}"
-        );
+        let expected = sampled(&host, seed, settings.clone());
+        assert_eq!(sampled(&device, seed, settings.clone()), expected, "{settings}");
+        // Of each token's scores another number; of the prompt's too, whose rows are no draws.
+        let mut scored = settings.clone();
+        scored["logprobs"] = json!(seed % 6);
+        scored["echo"] = json!(seed % 2 == 0);
+        scored["n"] = json!(1 + seed % 3);
+        scored["prompt"] = json!(prompt(seed, 12 + seed));
+        scored["max_tokens"] = json!(9);
+        scored["seed"] = json!(seed);
+        let [device, host] = [&device, &host].map(|server| complete(server, scored.clone()));
+        assert_eq!(device["choices"].as_array().expect("choices").len(), 1 + seed % 3);
+        are_near(&device["choices"], &host["choices"]);
+    }
+    assert_eq!(host.metric("llm_overlapped_steps_total"), 0.0);
+    assert!(device.metric("llm_overlapped_steps_total") > 50.0);
+}
+
+/// The same but for the last bits of numbers.
+fn are_near(found: &Value, expected: &Value) {
+    match (found, expected) {
+        (Value::Number(a), Value::Number(b)) => {
+            let [a, b] = [a, b].map(|number| number.as_f64().expect("a number"));
+            assert!((a - b).abs() < 1e-4, "{a} instead of {b}");
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            assert_eq!(a.len(), b.len(), "{found} instead of {expected}");
+            a.iter().zip(b).for_each(|(a, b)| are_near(a, b));
+        }
+        (Value::Object(a), Value::Object(b)) => {
+            assert!(a.keys().eq(b.keys()), "{found} instead of {expected}");
+            a.iter().for_each(|(key, value)| are_near(value, &b[key]));
+        }
+        _ => assert_eq!(found, expected),
     }
 }
 
@@ -427,13 +459,13 @@ fn ranks_on_gpus_compute_one_model_and_heal() {
         assert_eq!(output.contains(IN_ONE_SHOT), in_one_shot, "{num_gpus} GPUs, {custom}: {output}");
         assert!(are_of_one_model(&alone, &group));
         until_output_contains(&group, "2 ranks");
-        assert_eq!(group.metric("llm_overlapped_steps_total"), 0.0, "all wanted log-probabilities");
+        assert_eq!(group.metric("llm_overlapped_steps_total"), 0.0, "there were prompts only");
         choices_do_not_depend_on_overlap(&group);
         let overlapped = group.metric("llm_overlapped_steps_total");
-        // Three answers of 24 steps, of which the first is for the prompt.
-        assert!(overlapped > 50.0 && overlapped < 69.0, "{overlapped}");
-        heal(&group, json!(1));
-        heal(&group, Value::Null);
+        // Of nine answers of 24 steps three wait, and so does the first step after each prompt.
+        assert!(overlapped > 100.0 && overlapped < 138.0, "{overlapped}");
+        heal(&group, WAITING);
+        heal(&group, 0.0);
         // Each rank says so for each epoch.
         let times = group.output().matches(IN_ONE_SHOT).count();
         assert_eq!(times, if in_one_shot { 6 } else { 0 }, "{}", group.output());
@@ -487,12 +519,11 @@ fn until_output_contains(server: &Server, text: &str) {
     }
 }
 
-/// A rank is killed in the middle of a stream, which goes on: with log-probabilities, where every step waits for the one before,
-/// and without, where it does not.
-fn heal(group: &Server, logprobs: Value) {
+/// A rank is killed in the middle of a stream, which goes on, whether a penalty makes every step wait for the one before or not.
+fn heal(group: &Server, penalty: f64) {
     let body = json!({
         "prompt": prompt(3, 20), "max_tokens": 60, "temperature": 0, "ignore_eos": true, "stream": true, "return_token_ids": true,
-        "logprobs": logprobs,
+        "logprobs": 1, "frequency_penalty": penalty,
     });
     let resumes = group.metric("llm_stream_resumes_total");
     let undisturbed = stream(group.port, &body, |_| ());
@@ -509,9 +540,7 @@ fn heal(group: &Server, logprobs: Value) {
     let before = killed_at.expect("it was killed in mid-stream");
     assert_eq!(resumed.token_ids[..before], undisturbed.token_ids[..before]);
     assert_eq!((undisturbed.token_ids.len(), resumed.token_ids.len()), (60, 60));
-    if !logprobs.is_null() {
-        assert_eq!(resumed.logprobs[..before], undisturbed.logprobs[..before]);
-    }
+    assert_eq!(resumed.logprobs[..before], undisturbed.logprobs[..before]);
     assert_eq!(group.metric("llm_stream_resumes_total"), resumes + 1.0);
 }
 

@@ -75,6 +75,6 @@ pub use nvml::{GpuSample, GpuWatch};
 pub use pause::Pause;
 pub use peer::{IpcHandle, PeerBuffer};
 pub use runner::{Runner, fill_cache};
-pub use sampler::{Drawn, QueuedDraws, Sampler};
+pub use sampler::{Drawn, QueuedDraws, Sampler, ScoreTarget, Scored};
 pub use timer::Timer;
 pub use uploader::Uploader;

@@ -1,8 +1,11 @@
-//! Tokens from logits that are on the device: rows and their lists go over in one copy, token ids come back.
+//! Tokens from logits that are on the device, and log-probabilities of tokens: rows and their lists go over in one copy, token ids and
+//! what was asked of them come back.
 
 use std::sync::Arc;
 
-use super::launcher::{self as sampling, Answers, SampleLists, SampleRow, TokenBias, UsedToken, status};
+use super::launcher::{
+    self as sampling, Answers, LogProbs, SampleLists, SampleRow, Targets, TokenBias, UsedToken, status,
+};
 use super::{Cuda, CudaError, DeviceBuffer, DeviceSlice, PinnedBuffer, Runner};
 
 /// Draws on a device.
@@ -20,10 +23,18 @@ pub struct Sampler {
     answers: Arc<DeviceBuffer>,
     /// Those of the last draws and of those before, which nobody may have read yet.
     answered: [PinnedBuffer; 2],
+    /// Log-probabilities of a step, one kind behind the other: f32 of targets, i32 ranks, i32 best tokens, f32 of these.
+    scores: DeviceBuffer,
+    scored: [PinnedBuffer; 2],
     /// Draws so far.
     num_draws: usize,
     lists: Lists,
     rows: Vec<SampleRow>,
+    /// Of what is to be scored, rows of logits and targets as the kernel takes them.
+    score_rows: Vec<i32>,
+    score_targets: Vec<i32>,
+    /// Best tokens of each.
+    num_top: usize,
     /// Whether every row is that of its number and takes the largest logit as it is.
     is_plain: bool,
 }
@@ -33,6 +44,27 @@ pub struct Sampler {
 pub struct QueuedDraws {
     number: usize,
     num_rows: usize,
+    num_scores: usize,
+    num_top: usize,
+}
+
+/// What log-probabilities are wanted of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScoreTarget {
+    Token(u32),
+    /// What this row of the same step draws.
+    Drawn(usize),
+}
+
+/// Log-probabilities of the raw distribution.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scored {
+    /// Of the target; NaN if the row has no distribution, or nothing was drawn from it.
+    pub log_prob: f32,
+    /// 1 + the number of tokens with larger logits.
+    pub rank: u32,
+    /// The best tokens in order, as many as any target of the step wanted, at most the vocabulary's.
+    pub top: Vec<(u32, f32)>,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +91,8 @@ pub type Span = (i32, i32);
 impl Sampler {
     /// Entries of each kind of list that all rows of a step may have together.
     pub const MAX_ENTRIES: usize = 256 * 1024;
+    /// Best tokens that a target may want.
+    pub const MAX_TOP: usize = 20;
 
     /// Takes the memory for steps of at most `max_rows` rows.
     ///
@@ -67,6 +101,7 @@ impl Sampler {
     pub fn new(cuda: &Cuda, vocab_size: usize, max_rows: usize) -> Result<Self, CudaError> {
         let places = Places::new(max_rows);
         let keys = cuda.alloc_zeroed(8 * max_rows)?;
+        let score_bytes = 4 * score_words(max_rows, Self::MAX_TOP);
         Ok(Self {
             vocab_size,
             max_rows,
@@ -76,9 +111,14 @@ impl Sampler {
             keys,
             answers: Arc::new(cuda.alloc_zeroed(8 * max_rows)?),
             answered: [cuda.alloc_pinned(8 * max_rows)?, cuda.alloc_pinned(8 * max_rows)?],
+            scores: cuda.alloc(score_bytes)?,
+            scored: [cuda.alloc_pinned(score_bytes)?, cuda.alloc_pinned(score_bytes)?],
             num_draws: 0,
             lists: Lists::default(),
             rows: Vec::with_capacity(max_rows),
+            score_rows: Vec::with_capacity(max_rows),
+            score_targets: Vec::with_capacity(max_rows),
+            num_top: 0,
             is_plain: true,
         })
     }
@@ -96,6 +136,9 @@ impl Sampler {
         allowed.clear();
         banned.clear();
         self.rows.clear();
+        self.score_rows.clear();
+        self.score_targets.clear();
+        self.num_top = 0;
         self.is_plain = true;
     }
 
@@ -113,6 +156,29 @@ impl Sampler {
             && fits(b.len(), bias)
             && fits(a.len(), allowed)
             && fits(n.len(), banned)
+    }
+
+    /// Whether one more target with so many best tokens can be scored.
+    pub fn has_room_for_score(&self, num_top: usize) -> bool {
+        self.score_rows.len() < self.max_rows && num_top <= Self::MAX_TOP
+    }
+
+    /// Adds a target under a row of logits; its number among those of the step.
+    ///
+    /// # Panics
+    /// If there is no room for it, or if the row that draws it was not added.
+    pub fn score(&mut self, logits_row: u32, target: ScoreTarget, num_top: usize) -> usize {
+        assert!(self.has_room_for_score(num_top), "{} targets of a step", self.score_rows.len());
+        self.score_rows.push(logits_row.cast_signed());
+        self.score_targets.push(match target {
+            ScoreTarget::Token(token) => token.cast_signed(),
+            ScoreTarget::Drawn(row) => {
+                assert!(row < self.rows.len(), "a row that draws");
+                -1 - row as i32
+            }
+        });
+        self.num_top = self.num_top.max(num_top);
+        self.score_rows.len() - 1
     }
 
     /// Adds tokens of the sequence so far, each once; where they are.
@@ -144,16 +210,17 @@ impl Sampler {
         span(&mut self.lists.banned, sorted(tokens))
     }
 
-    /// Adds a row.
+    /// Adds a row; its number among those of the step.
     ///
     /// # Panics
     /// If there are as many as may be.
-    pub fn push(&mut self, row: SampleRow) {
+    pub fn push(&mut self, row: SampleRow) -> usize {
         assert!(self.rows.len() < self.max_rows, "{} rows of a step", self.rows.len());
         let is_bare = row.temperature == 0.0
             && (row.num_used, row.num_bias, row.num_allowed, row.num_banned) == (0, 0, -1, 0);
         self.is_plain &= is_bare && row.logits_row as usize == self.rows.len();
         self.rows.push(row);
+        self.rows.len() - 1
     }
 
     /// Queues that the rows and their lists go over, before the step that they are of: behind it, whoever sends the next ones would
@@ -162,14 +229,17 @@ impl Sampler {
     /// # Errors
     /// [`CudaError`].
     pub fn upload(&mut self) -> Result<(), CudaError> {
-        if self.is_plain {
+        if self.is_plain && self.score_rows.is_empty() {
             return Ok(());
         }
         let places = Places::new(self.max_rows);
         let Lists { used, bias, allowed, banned } = &self.lists;
+        let rows = if self.is_plain { &[][..] } else { &self.rows };
         let words = self.host.write::<i32>(0, places.end / 4)?;
         let filled = [
-            (places.rows, fill(words, places.rows, self.rows.iter().map(words_of_row))),
+            (places.rows, fill(words, places.rows, rows.iter().map(words_of_row))),
+            (places.score_rows, fill(words, places.score_rows, self.score_rows.iter().map(|row| [*row]))),
+            (places.targets, fill(words, places.targets, self.score_targets.iter().map(|token| [*token]))),
             (places.used, fill(words, places.used, used.iter().map(words_of_used))),
             (places.bias, fill(words, places.bias, bias.iter().map(words_of_bias))),
             (places.allowed, fill(words, places.allowed, allowed.iter().map(|id| [*id]))),
@@ -220,7 +290,11 @@ impl Sampler {
             ))?;
         }
         self.num_draws += 1;
-        let draws = QueuedDraws { number: self.num_draws, num_rows };
+        let (num_scores, num_top) = (self.score_rows.len(), self.num_top);
+        let draws = QueuedDraws { number: self.num_draws, num_rows, num_scores, num_top };
+        if num_scores > 0 {
+            self.queue_scores(runner, logits, draws)?;
+        }
         self.answers.as_slice::<i32>().download(&mut self.answered[draws.number % 2], 0)?;
         Ok(draws)
     }
@@ -253,15 +327,89 @@ impl Sampler {
         }))
     }
 
+    /// Log-probabilities of each target, in their order; waits for them.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    ///
+    /// # Panics
+    /// If two more have been queued since.
+    pub fn scores(&mut self, draws: QueuedDraws) -> Result<Vec<Scored>, CudaError> {
+        let QueuedDraws { num_scores, num_top, .. } = draws;
+        let place = self.place_of(draws);
+        let words = self.scored[place].read::<i32>(0, score_words(num_scores, num_top))?;
+        let (log_probs, rest) = words.split_at(num_scores);
+        let (ranks, rest) = rest.split_at(num_scores);
+        let (top_tokens, top) = rest.split_at(num_scores * num_top);
+        let float = |bits: i32| f32::from_bits(bits.cast_unsigned());
+        let best_of = |target: usize| {
+            let range = target * num_top..(target + 1) * num_top;
+            let best = top_tokens[range.clone()].iter().zip(&top[range]);
+            best.filter(|(token, _)| **token >= 0)
+                .map(|(token, log_prob)| (token.cast_unsigned(), float(*log_prob)))
+                .collect()
+        };
+        let scored = (0..num_scores).map(|target| Scored {
+            log_prob: float(log_probs[target]),
+            rank: ranks[target].cast_unsigned(),
+            top: best_of(target),
+        });
+        Ok(scored.collect())
+    }
+
+    /// Queues the log-probabilities of a step whose draws are queued, and their way back.
+    fn queue_scores(
+        &mut self,
+        runner: &Runner,
+        logits: DeviceSlice<'_, f32>,
+        draws: QueuedDraws,
+    ) -> Result<(), CudaError> {
+        let QueuedDraws { number, num_scores, num_top, .. } = draws;
+        let words = self.scores.slice::<i32>(0, score_words(num_scores, num_top));
+        // What is not written, for nothing was drawn, is NaN.
+        words.fill_bytes(0xff)?;
+        let at = |word: usize| words.address() + 4 * word as u64;
+        let out = LogProbs {
+            target: at(0),
+            rank: at(num_scores),
+            top_tokens: at(2 * num_scores),
+            top: at((2 + num_top) * num_scores),
+        };
+        let places = Places::new(self.max_rows);
+        let list = |place: usize| self.device.slice::<u8>(place, 0).address();
+        let targets = Targets {
+            rows: list(places.score_rows),
+            tokens: list(places.targets),
+            drawn: self.answers.as_slice::<i32>().address(),
+        };
+        let vocab_size = self.vocab_size;
+        runner.launch(&sampling::log_probs(
+            out,
+            logits.address(),
+            targets,
+            num_scores,
+            num_top,
+            vocab_size,
+        ))?;
+        words.download(&mut self.scored[number % 2], 0)
+    }
+
     fn place_of(&self, draws: QueuedDraws) -> usize {
         assert!(self.num_draws < draws.number + 2, "the answers were overwritten");
         draws.number % 2
     }
 }
 
+/// Words of the scores of so many targets.
+fn score_words(num_scores: usize, num_top: usize) -> usize {
+    num_scores * (2 + 2 * num_top)
+}
+
 /// Where rows and lists begin, in bytes.
 struct Places {
     rows: usize,
+    score_rows: usize,
+    targets: usize,
     used: usize,
     bias: usize,
     allowed: usize,
@@ -280,6 +428,8 @@ impl Places {
         };
         Self {
             rows: place(max_rows, size_of::<SampleRow>()),
+            score_rows: place(max_rows, 4),
+            targets: place(max_rows, 4),
             used: place(Sampler::MAX_ENTRIES, size_of::<UsedToken>()),
             bias: place(Sampler::MAX_ENTRIES, size_of::<TokenBias>()),
             allowed: place(Sampler::MAX_ENTRIES, 4),

@@ -1,6 +1,8 @@
 //! Checks of sampling: the very tokens.
 
-use super::super::launcher::{self, Answers, LogProbs, SampleLists, SampleRow, TokenBias, UsedToken, status};
+use super::super::launcher::{
+    self, Answers, LogProbs, SampleLists, SampleRow, Targets, TokenBias, UsedToken, status,
+};
 use super::super::reference;
 use super::{Buffer, Case, Checks, Element};
 
@@ -210,11 +212,12 @@ pub(super) fn sample(checks: &mut Checks<'_>) {
 pub(super) fn log_probs(checks: &mut Checks<'_>) {
     for (vocab, num_top) in [(3, 5), (1000, 0), (9001, 7)] {
         checks.case(format!("log_probs of {vocab}, {num_top} best"), |case| {
-            // The last of them a row of a bucket that is not used.
-            let rows = [2, 0, 1, 2, -1];
+            // The last two are a row of a bucket that is not used, and a target that could not be drawn.
+            let rows = [2, 0, 1, 2, -1, 1];
             let logits: Vec<Vec<f32>> = (0..3).map(|_| random_row(case, vocab)).collect();
-            let targets: Vec<i32> = rows.iter().map(|_| case.random.below(vocab) as i32).collect();
-            let used = rows.len() - 1;
+            let mut targets: Vec<i32> = rows.iter().map(|_| case.random.below(vocab) as i32).collect();
+            let used = rows.len() - 2;
+            let drawn = [-1, targets[1], targets[3]];
             let (mut log_probs, mut ranks) = (Vec::new(), Vec::new());
             let (mut top_tokens, mut top) = (Vec::new(), Vec::new());
             for (&row, &target) in rows[..used].iter().zip(&targets) {
@@ -234,12 +237,17 @@ pub(super) fn log_probs(checks: &mut Checks<'_>) {
                 top: out_top.1.address,
             };
             let logits = case.input(&logits.concat())?.address;
-            let (rows_in, targets) = (case.input(&rows)?.address, case.input(&targets)?.address);
-            case.launch(launcher::log_probs(places, logits, rows_in, targets, rows.len(), num_top, vocab))?;
+            (targets[1], targets[3], targets[5]) = (-2, -3, -1);
+            let of = Targets {
+                rows: case.input(&rows)?.address,
+                tokens: case.input(&targets)?.address,
+                drawn: case.input(&drawn)?.address,
+            };
+            case.launch(launcher::log_probs(places, logits, of, rows.len(), num_top, vocab))?;
 
             // What is left alone has the bits it had.
-            ranks.push(-1);
-            top_tokens.extend(vec![-1; num_top]);
+            ranks.extend([-1; 2]);
+            top_tokens.extend(vec![-1; 2 * num_top]);
             case.expect_equal("rank", out.1, &ranks)?;
             case.expect_equal("top tokens", out_top.0, &top_tokens)?;
             let (found, found_top): (Vec<f32>, Vec<f32>) = (case.read(out.0)?, case.read(out_top.1)?);

@@ -134,13 +134,22 @@ pub struct LogProbs {
     pub top: Address,
 }
 
-/// Log-probabilities under rows of logits f32 [R,V] as the model made them: of targets i32 [n] under rows i32 [n], and of
-/// the `num_top` best tokens. A row or target of −1 is left alone.
+/// What log-probabilities are wanted of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Targets {
+    /// i32 [n]: rows of logits; −1 is left alone.
+    pub rows: Address,
+    /// i32 [n]: tokens; −1 − r is that of row r of `drawn`.
+    pub tokens: Address,
+    /// i32: tokens that were drawn; a negative one is left alone.
+    pub drawn: Address,
+}
+
+/// Log-probabilities under rows of logits f32 [R,V] as the model made them: of targets, and of the `num_top` best tokens.
 pub fn log_probs(
     out: LogProbs,
     logits: Address,
-    rows: Address,
-    targets: Address,
+    targets: Targets,
     num_rows: usize,
     num_top: usize,
     vocab: usize,
@@ -151,8 +160,9 @@ pub fn log_probs(
         out.top_tokens.into(),
         out.top.into(),
         logits.into(),
-        rows.into(),
-        targets.into(),
+        targets.rows.into(),
+        targets.tokens.into(),
+        targets.drawn.into(),
         num_top.into(),
         vocab.into(),
     ];
