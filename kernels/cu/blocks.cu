@@ -42,3 +42,29 @@ KERNEL(fill_random, 256, bf16* out, u64 count, u64 first, u64 seed, float scale)
         store16(out + i, pack8(x));
     }
 }
+
+// One step of SplitMix64, as a hash.
+DEVICE u64 mix_of(u64 word) {
+    word = (word ^ word >> 30) * 0xbf58476d1ce4e5b9ull;
+    word = (word ^ word >> 27) * 0x94d049bb133111ebull;
+    return word ^ word >> 31;
+}
+
+// out bf16 [rows of the grid][cols] = columns from first_col on of rows from first_row on of a random matrix with row_cols columns:
+// element e of it is entry (word e / 4 of the sequence that `key` names) >> 16 (e % 4), modulo 4096, of table bf16 [4096]. `cols` is
+// a multiple of 8; a thread makes 8 values.
+KERNEL(draw_weights, 256, bf16* out, const bf16* table, u64 key, u64 first_row, u64 first_col, u64 row_cols, int cols) {
+    wait_for_previous_launch();
+    const int k = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (k >= cols) return;
+    const u64 first = (first_row + blockIdx.x) * row_cols + first_col + k;
+    u32 drawn[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const u64 element = first + i;
+        const u64 word = mix_of(key + (element >> 2) * 0x9e3779b97f4a7c15ull);
+        drawn[i] = table[word >> 16 * (element & 3) & 4095];
+    }
+    store16(out + static_cast<size_t>(blockIdx.x) * cols + k,
+            uint4{drawn[0] | drawn[1] << 16, drawn[2] | drawn[3] << 16, drawn[4] | drawn[5] << 16, drawn[6] | drawn[7] << 16});
+}

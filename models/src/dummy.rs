@@ -13,7 +13,7 @@ use crate::error::ModelError;
 use crate::model_files::DummyOptions;
 use crate::parallel::fill_units;
 use crate::tensor_table::required_tensors;
-use crate::weights::{RowOrder, Tensor, TensorInfo, WeightSource};
+use crate::weights::{RandomMatrix, RowOrder, Tensor, TensorInfo, WeightSource};
 use half::{bf16, f16};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -59,16 +59,27 @@ impl DummyWeights {
         self.tensors.get(name).ok_or_else(|| ModelError::tensor(&self.file, name, "is missing"))
     }
 
+    /// Mean and standard deviation of a tensor's values.
+    fn distribution(name: &str, info: &TensorInfo) -> (f32, f32) {
+        let cols = info.shape.last().copied().unwrap_or(1);
+        match info.shape.len() {
+            1 if name.ends_with(".bias") => (0.0, 0.05),
+            1 => (1.0, 0.1),
+            _ => (0.0, 1.0 / (cols as f32).sqrt()),
+        }
+    }
+
+    /// The values that those of a tensor are drawn from.
+    fn table(&self, (mean, deviation): (f32, f32)) -> Vec<f32> {
+        self.normal.iter().map(|quantile| mean + deviation * quantile).collect()
+    }
+
     fn data(&self, name: &str, info: &TensorInfo) -> Vec<u8> {
         let random = Random { key: key(self.seed, name) };
         let num_elements: usize = info.shape.iter().product();
         let cols = info.shape.last().copied().unwrap_or(1);
-        let (mean, deviation) = match info.shape.len() {
-            1 if name.ends_with(".bias") => (0.0, 0.05),
-            1 => (1.0, 0.1),
-            _ => (0.0, 1.0 / (cols as f32).sqrt()),
-        };
-        let values: Vec<f32> = self.normal.iter().map(|quantile| mean + deviation * quantile).collect();
+        let (mean, deviation) = Self::distribution(name, info);
+        let values = self.table((mean, deviation));
         let row_bytes = info.dtype.row_bytes(cols).expect("checked when the source was made");
         let mut data = vec![0; num_elements / cols * row_bytes];
         let threads = self.threads;
@@ -93,6 +104,13 @@ impl WeightSource for DummyWeights {
         let info = self.find(name)?;
         let data = Cow::Owned(self.data(name, info));
         Ok(Tensor { dtype: info.dtype, shape: info.shape.clone(), data, row_order: info.row_order })
+    }
+
+    fn random(&self, name: &str) -> Option<RandomMatrix> {
+        let info = self.tensors.get(name).filter(|info| info.dtype == DType::Bf16)?;
+        let &[rows, cols] = &info.shape[..] else { return None };
+        let table = self.table(Self::distribution(name, info)).into_iter().map(bf16::from_f32).collect();
+        Some(RandomMatrix { rows, cols, key: key(self.seed, name), table })
     }
 
     fn names(&self) -> Vec<&str> {
@@ -324,6 +342,24 @@ mod tests {
         assert_ne!(data(&first, q), data(&other, q));
         assert_ne!(data(&first, q), data(&first, k));
         assert_ne!(first.sample(q).unwrap(), other.sample(q).unwrap());
+    }
+
+    /// Whoever draws a matrix by its description has the values that are handed out.
+    #[test]
+    fn a_matrix_is_what_its_description_says() {
+        let weights = make(&config(), DType::Bf16, 3).unwrap();
+        let name = "model.layers.1.self_attn.o_proj.weight";
+        let RandomMatrix { rows, cols, key, table } = weights.random(name).unwrap();
+        let tensor = weights.tensor(name).unwrap();
+        assert_eq!((rows, cols), (tensor.rows(), tensor.cols()));
+        let random = Random { key };
+        let drawn = (0..(rows * cols) as u64).flat_map(|element| {
+            let entry = random.word(element / 4) >> (16 * (element % 4));
+            table[entry as usize % table.len()].to_le_bytes()
+        });
+        assert!(drawn.eq(tensor.data.iter().copied()));
+        assert!(weights.random("model.norm.weight").is_none(), "a vector");
+        assert!(make(&config(), DType::Q8_0, 3).unwrap().random(name).is_none());
     }
 
     #[test]

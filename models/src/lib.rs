@@ -44,4 +44,4 @@ pub use rope::{RopeConfig, RopeScaling};
 pub use shard::{Shard, TensorParallel};
 pub use tensor_table::{TensorSpec, required_tensors};
 pub use tokenizer_files::{GgufTokenizer, HuggingFaceTokenizer, TokenizerFiles};
-pub use weights::{Fp8Matrix, Fp8Scales, RowOrder, Tensor, TensorInfo, WeightSource};
+pub use weights::{Fp8Matrix, Fp8Scales, RandomMatrix, RowOrder, Tensor, TensorInfo, WeightSource};

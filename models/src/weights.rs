@@ -25,6 +25,12 @@ pub trait WeightSource: Send + Sync {
         None
     }
 
+    /// A matrix in bf16 that nobody has to read, for it is drawn: whoever can, makes it where it is needed. [`WeightSource::tensor`] hands
+    /// out the same values.
+    fn random(&self, _name: &str) -> Option<RandomMatrix> {
+        None
+    }
+
     /// Whether there is a tensor of this name.
     fn contains(&self, name: &str) -> bool {
         self.info(name).is_some()
@@ -48,6 +54,16 @@ pub struct Fp8Matrix<'a> {
     pub codes: &'a [u8],
     pub cols: usize,
     pub scales: Fp8Scales<'a>,
+}
+
+/// A matrix whose values are draws from a table: element `e`, row after row, is the entry that bits 16 · (e mod 4) and up of word ⌊e / 4⌋
+/// name, modulo the length of the table. Word `i` is SplitMix64's hash of `key + i · 0x9e3779b97f4a7c15`.
+#[derive(Debug, Clone)]
+pub struct RandomMatrix {
+    pub rows: usize,
+    pub cols: usize,
+    pub key: u64,
+    pub table: Vec<bf16>,
 }
 
 /// What codes are multiplied with.

@@ -129,7 +129,7 @@ def repeats(suite):
 
 
 def sampling(suite):
-    """Tokens do not depend on whether log-probabilities are wanted, nor on whether steps overlap."""
+    """Tokens do not depend on whether log-probabilities are wanted."""
     settings = [
         {"temperature": 0},
         {"temperature": 1.0},

@@ -44,7 +44,9 @@ fn every_check_and_benchmark_works() {
     assert_eq!(report["machine"]["gpu"]["name"], "Stub 0", "{said}");
     assert!(report["limits"]["copy_bytes_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{said}");
     let passed = with_status(&report, "checks", "pass");
-    for name in ["kernels beside plain loops", "graphs on and off", "tokens drawn as on the host"] {
+    for name in
+        ["kernels beside plain loops", "graphs on and off", "tokens with and without log-probabilities"]
+    {
         assert!(passed.contains(&name), "{name}: {said}");
     }
     assert_eq!(with_status(&report, "checks", "skipped"), ["the real model beside transformers"]);

@@ -186,7 +186,8 @@ impl CudaShard {
         let communicator = communicator.map_err(|error| of_step(&self.step, error.into()))?;
         let one_shot = self.meet(&mut comm, small)?;
         let mut sums = SmallSums { others: NcclCollectives(communicator), one_shot };
-        if self.custom_all_reduce == CustomAllReduce::Auto {
+        // What steps do not record is not recorded here either: that it may be at fault is a reason not to.
+        if self.custom_all_reduce == CustomAllReduce::Auto && self.step.model.options().graphs {
             self.keep_the_faster(&mut sums, &mut comm)?;
         }
         tell(sums.one_shot.as_ref());
@@ -200,7 +201,10 @@ impl CudaShard {
         comm: &mut TcpCommunicator,
     ) -> Result<(), ShardError> {
         let Some(memory) = &self.one_shot else { return Ok(()) };
-        let times = sums.keep_the_faster(self.step.model.runner(), comm, memory);
+        let runner = self.step.model.runner();
+        let wait =
+            |others: &NcclCollectives, patience| Ok(others.0.wait(patience, || runner.cuda().is_idle())?);
+        let times = sums.keep_the_faster(runner, comm, memory, wait);
         let times = times.map_err(|error| of_step(&self.step, error))?;
         times.iter().for_each(|times| tracing::debug!(%times, "a sum over ranks"));
         if let (None, Some(smallest)) = (&sums.one_shot, times.first()) {

@@ -279,8 +279,8 @@ impl Executor for FakeExecutor {
         assert!(pending == 1 || !takes_tokens, "tokens of a step that is over");
         self.faults.steps_overtaken.fetch_add(pending as u64, Ordering::Relaxed);
         self.queue.push_back(Order::Step(plan.clone(), rows.iter().map(OwnedRow::of).collect()));
-        // As on a device, where these rows are answered by the host.
-        Ok(Begun::Step { keeps_tokens: rows.iter().all(|row| row.logprobs.is_none()) })
+        // Of a step whose rows are not all draws a device would have to be asked by another number.
+        Ok(Begun::Step { keeps_tokens: rows.iter().all(|row| matches!(row.kind, RowKind::Sample(_))) })
     }
 
     fn finish(&mut self) -> Result<StepOutput, ExecutorError> {

@@ -8,8 +8,7 @@ use half::bf16;
 
 use super::one_shot::gather;
 use super::{
-    CommError, DeviceCollectives, DeviceCommError, NcclError, ONE_SHOT_BYTES, OneShotMemory, SmallSums,
-    TcpCommunicator,
+    CommError, DeviceCollectives, DeviceCommError, ONE_SHOT_BYTES, OneShotMemory, SmallSums, TcpCommunicator,
 };
 use crate::cuda::{Runner, Timer};
 
@@ -39,7 +38,8 @@ impl fmt::Display for SumTimes {
 
 impl<C: DeviceCollectives> SmallSums<C> {
     /// Times sums of some sizes, in one shot and otherwise, as recorded steps do them, and leaves to one shot those up to the size from
-    /// which it is slower. All ranks call this, and come to the same; nothing happens without sums in one shot.
+    /// which it is slower. `wait` waits for the device, at most so long, and for what goes wrong with the others meanwhile. All ranks
+    /// call this, and come to the same; nothing happens without sums in one shot.
     ///
     /// # Errors
     /// [`DeviceCommError`]; the group is of no use afterwards.
@@ -48,6 +48,7 @@ impl<C: DeviceCollectives> SmallSums<C> {
         runner: &Runner,
         comm: &mut TcpCommunicator,
         memory: &OneShotMemory,
+        wait: impl Fn(&C, Duration) -> Result<(), DeviceCommError>,
     ) -> Result<Vec<SumTimes>, DeviceCommError> {
         if self.one_shot.is_none() {
             return Ok(Vec::new());
@@ -57,14 +58,14 @@ impl<C: DeviceCollectives> SmallSums<C> {
             let values = memory.trial().slice::<bf16>(0, bytes / size_of::<bf16>());
             // The sum of zeros is one, however often.
             values.fill_bytes(0)?;
-            own.push(self.time(runner, |sums| match &sums.one_shot {
+            own.push(self.time(runner, &wait, |sums| match &sums.one_shot {
                 Some(one_shot) => Ok(one_shot.all_reduce(runner, values)?),
                 None => Ok(()),
             })?);
-            own.push(self.time(runner, |sums| sums.others.all_reduce_bf16(runner, values))?);
+            own.push(self.time(runner, &wait, |sums| sums.others.all_reduce_bf16(runner, values))?);
         }
         let all = gather(comm, &own)?;
-        let slowest = |at: usize| all.iter().skip(at).step_by(own.len()).copied().fold(0.0, f32::max);
+        let slowest = |at: usize| all.iter().skip(at).step_by(own.len()).copied().fold(0.0, slower);
         let times = SIZES.iter().enumerate().map(|(size, &bytes)| SumTimes {
             bytes,
             one_shot_us: slowest(2 * size),
@@ -83,6 +84,7 @@ impl<C: DeviceCollectives> SmallSums<C> {
     fn time(
         &mut self,
         runner: &Runner,
+        wait: impl Fn(&C, Duration) -> Result<(), DeviceCommError>,
         mut queue: impl FnMut(&mut Self) -> Result<(), DeviceCommError>,
     ) -> Result<f32, DeviceCommError> {
         let cuda = runner.cuda();
@@ -100,15 +102,17 @@ impl<C: DeviceCollectives> SmallSums<C> {
         for _ in 0..REPLAYS {
             runner.replay(&mut graph)?;
         }
-        let is_done = cuda.is_idle_within(PATIENCE)?;
+        wait(&self.others, PATIENCE)?;
         if self.one_shot.as_ref().is_some_and(|one_shot| one_shot.is_aborted()) {
             return Err(CommError::Aborted.into());
         }
-        if !is_done {
-            return Err(NcclError::Timeout { what: "timing sums", ms: PATIENCE.as_millis() }.into());
-        }
         Ok(timer.stop_us()? / (SUMS * REPLAYS) as f32)
     }
+}
+
+/// Of two times; what is not known is the slowest.
+fn slower(a: f32, b: f32) -> f32 {
+    if a.is_nan() || a >= b { a } else { b }
 }
 
 /// The largest size up to which one shot is no slower; 0 for none.
@@ -130,6 +134,7 @@ mod tests {
         assert_eq!(faster_up_to(&times(&[(1, 3.0, 9.0), (2, 4.0, 9.0), (3, 9.0, 9.0)])), 3);
         assert_eq!(faster_up_to(&times(&[(1, 3.0, 9.0), (2, 12.0, 9.0), (3, 8.0, 9.0)])), 1);
         assert_eq!(faster_up_to(&times(&[(1, 10.0, 9.0), (2, 4.0, 9.0)])), 0);
-        assert_eq!(faster_up_to(&times(&[(1, f32::NAN, 9.0)])), 0, "what is not known is not better");
+        let unknown = [1.0, f32::NAN, 2.0].into_iter().fold(0.0, slower);
+        assert_eq!(faster_up_to(&times(&[(1, unknown, 9.0)])), 0, "what is not known is not better");
     }
 }

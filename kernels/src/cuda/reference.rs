@@ -57,6 +57,14 @@ pub(super) fn fp8_of_f64(x: f64) -> u8 {
     nearest as u8 | if x.is_sign_negative() { 0x80 } else { 0 }
 }
 
+/// Word `index` of SplitMix64 by counter.
+pub(super) fn splitmix(key: u64, index: u64) -> u64 {
+    let mut word = key.wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
 /// Four words of Philox4x32-10.
 pub(super) fn philox(key: u64, counter: [u32; 4]) -> [u32; 4] {
     let mut x = counter;

@@ -17,7 +17,7 @@ use super::{CudaLlama, CudaLlamaOptions, JoinedLogits, Layer, PARTIAL_BYTES, Wor
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::shard::{Shard, Share, Slice, TensorParallel, vocab_rows};
-use crate::weights::{Fp8Matrix, RowOrder, Tensor, WeightSource};
+use crate::weights::{Fp8Matrix, RandomMatrix, RowOrder, Tensor, WeightSource};
 
 /// What a thread must have to do to be worth starting.
 const THREAD_VALUES: usize = 256 << 10;
@@ -165,6 +165,13 @@ impl Loader<'_> {
         if let Some(matrices) = in_fp8.collect::<Option<Vec<_>>>() {
             return self.fp8_matrices(parts, &matrices);
         }
+        if let Some(matrices) = self.random_matrices(parts) {
+            let mut weight = self.drawn(parts, &matrices)?;
+            if self.fp8 {
+                weight.format = self.to_fp8(&weight)?;
+            }
+            return Ok(weight);
+        }
         let tensors = self.tensors(parts)?;
         let kinds = tensors.iter().map(|tensor| block_kind(tensor.dtype));
         let kind = kinds.reduce(|a, b| if a == b { a } else { None }).flatten();
@@ -189,8 +196,48 @@ impl Loader<'_> {
         tensor.matrix().map_err(|error| ModelError::tensor(self.name, part.name, error.to_string()))
     }
 
+    /// What the parts are drawn by, if that is what all of them are.
+    fn random_matrices(&self, parts: &[Slice<'_>]) -> Option<Vec<RandomMatrix>> {
+        let matrices: Vec<RandomMatrix> = parts
+            .iter()
+            .map(|part| self.weights.random(&format!("{}.weight", part.name)))
+            .collect::<Option<_>>()?;
+        // What the kernel takes.
+        let is_even = |(part, matrix): (&Slice<'_>, &RandomMatrix)| {
+            part.cols.map_or(matrix.cols, Range::len).is_multiple_of(8)
+                && matrix.table.len() == launcher::DRAW_TABLE
+        };
+        parts.iter().zip(&matrices).all(is_even).then_some(matrices)
+    }
+
+    /// A layer in bf16 that is drawn on the device.
+    fn drawn(&self, parts: &[Slice<'_>], matrices: &[RandomMatrix]) -> Result<Weight, CudaLoadError> {
+        let rows_of =
+            |(part, matrix): (&Slice<'_>, &RandomMatrix)| part.rows.cloned().unwrap_or(0..matrix.rows);
+        let rows: Vec<Range<usize>> = parts.iter().zip(matrices).map(rows_of).collect();
+        let cols = parts[0].cols.cloned().unwrap_or(0..matrices[0].cols);
+        let out_features = rows.iter().map(Range::len).sum();
+        let data = self.cuda.alloc(2 * out_features * cols.len())?;
+        let table = self.cuda.alloc(2 * launcher::DRAW_TABLE)?;
+        let mut at = super::address(&data);
+        for (matrix, rows) in matrices.iter().zip(&rows) {
+            self.uploader.borrow_mut().write(table.as_slice(), &matrix.table)?;
+            let (key, table, num_columns) = (matrix.key, super::address(&table), matrix.cols);
+            let of = launcher::RandomMatrix { key, table, num_columns };
+            self.runner.launch(&launcher::draw_weights(at, of, rows.clone(), cols.clone()))?;
+            at += (2 * rows.len() * cols.len()) as u64;
+        }
+        // Weights are read by launches that wait for none.
+        self.cuda.synchronize()?;
+        let bias = self.biases(parts, |index| rows[index].clone())?;
+        Ok(Weight { format: Format::Bf16(data), bias, out_features, in_features: cols.len() })
+    }
+
     /// A layer in bf16, whatever the file has.
     fn bf16(&self, parts: &[Slice<'_>]) -> Result<Weight, CudaLoadError> {
+        if let Some(matrices) = self.random_matrices(parts) {
+            return self.drawn(parts, &matrices);
+        }
         let tensors = self.tensors(parts)?;
         let cols = parts[0].cols_of(&tensors[0]);
         let rows: Vec<Range<usize>> = parts.iter().zip(&tensors).map(|(part, of)| part.rows_of(of)).collect();

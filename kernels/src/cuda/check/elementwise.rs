@@ -258,4 +258,23 @@ pub(super) fn blocks(checks: &mut Checks<'_>) {
             case.expect_equal("out", out, &expected)
         });
     }
+    for (rows, columns, num_columns) in
+        [(0..3, 0..8, 8), (5..9, 3..2067, 2081), (1 << 20..(1 << 20) + 2, 64..128, 1 << 14)]
+    {
+        checks.case(format!("draw_weights {rows:?} {columns:?} of {num_columns}"), |case| {
+            let key = case.random.next();
+            let table = case.random.bf16s(launcher::DRAW_TABLE, 1.0);
+            let expected: Vec<bf16> = rows
+                .clone()
+                .flat_map(|row| columns.clone().map(move |column| (row * num_columns + column) as u64))
+                .map(|element| {
+                    table[(reference::splitmix(key, element / 4) >> (16 * (element % 4))) as usize % 4096]
+                })
+                .collect();
+            let out = case.output(expected.len())?;
+            let matrix = launcher::RandomMatrix { key, table: case.input(&table)?.address, num_columns };
+            case.launch(launcher::draw_weights(out.address, matrix, rows.clone(), columns.clone()))?;
+            case.expect_equal("out", out, &expected)
+        });
+    }
 }

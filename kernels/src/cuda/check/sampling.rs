@@ -210,6 +210,7 @@ pub(super) fn sample(checks: &mut Checks<'_>) {
 }
 
 pub(super) fn log_probs(checks: &mut Checks<'_>) {
+    checks.case("log_probs of rows without a distribution".into(), scores_of_special_rows);
     for (vocab, num_top) in [(3, 5), (1000, 0), (9001, 7)] {
         checks.case(format!("log_probs of {vocab}, {num_top} best"), |case| {
             // The last two are a row of a bucket that is not used, and a target that could not be drawn.
@@ -260,6 +261,29 @@ pub(super) fn log_probs(checks: &mut Checks<'_>) {
             let expected: Vec<f64> = finite.iter().map(|(_, expected)| **expected).collect();
             case.expect("log-probabilities", finite.iter().map(|(found, _)| **found), &expected, 1e-5)
         });
+    }
+}
+
+/// Where there is no distribution, a target's log-probability is NaN, by which it is told.
+fn scores_of_special_rows(case: &mut Case<'_>) -> Result<(), String> {
+    let vocab = 3000;
+    let mut logits = special_rows(vocab);
+    let has_distribution = logits.len() - 1;
+    // A target that is excluded is another matter.
+    logits[has_distribution][7] = f32::NEG_INFINITY;
+    let rows: Vec<i32> = (0..logits.len() as i32).collect();
+    let out = (case.output::<f32>(rows.len())?, case.output::<i32>(rows.len())?);
+    let (target, rank) = (out.0.address, out.1.address);
+    let places = LogProbs { target, rank, top_tokens: rank, top: target };
+    let logits = case.input(&logits.concat())?.address;
+    let tokens = case.input(&vec![7; rows.len()])?.address;
+    let of = Targets { rows: case.input(&rows)?.address, tokens, drawn: tokens };
+    case.launch(launcher::log_probs(places, logits, of, rows.len(), 0, vocab))?;
+    let found = case.read(out.0)?;
+    match found[..has_distribution].iter().all(|x| x.is_nan()) && found[has_distribution] == f32::NEG_INFINITY
+    {
+        true => Ok(()),
+        false => Err(format!("{found:?}")),
     }
 }
 

@@ -240,3 +240,40 @@ pub fn fill_random(out: Address, count: usize, first: u64, seed: u64, scale: f32
     ];
     Launch::new("blocks", "fill_random", [count.div_ceil(8 * 256).min(4096), 1, 1], 256, args)
 }
+
+/// A random matrix whose values are draws from a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RandomMatrix {
+    /// Names the sequence of 64-bit words that the draws take their bits from: word `i` is SplitMix64's hash of
+    /// key + i · 0x9e3779b97f4a7c15.
+    pub key: u64,
+    /// bf16 [[`DRAW_TABLE`]].
+    pub table: Address,
+    /// Columns of the whole matrix.
+    pub num_columns: usize,
+}
+
+/// Entries of the table that values are drawn from.
+pub const DRAW_TABLE: usize = 4096;
+
+/// out bf16 [rows, columns] = that part of a random matrix: element `e` of the matrix takes bits 16 · (e mod 4) and up of word ⌊e / 4⌋.
+pub fn draw_weights(
+    out: Address,
+    matrix: RandomMatrix,
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+) -> Launch {
+    check_columns("columns", columns.len());
+    let threads = threads_for(columns.len(), 8, 256);
+    let args = [
+        out.into(),
+        matrix.table.into(),
+        super::Arg::U64(matrix.key),
+        super::Arg::U64(rows.start as u64),
+        super::Arg::U64(columns.start as u64),
+        super::Arg::U64(matrix.num_columns as u64),
+        columns.len().into(),
+    ];
+    let grid = [rows.len(), columns.len().div_ceil(8 * threads), 1];
+    Launch::new("blocks", "draw_weights", grid, threads, args)
+}
