@@ -1,7 +1,8 @@
 // Stands in for libcuda in tests: the driver's functions that Tandem calls, on the CPU.
 //
-// Device memory is the process's own. What a stream is given is queued and done when something waits or asks, so that a caller
-// that does not wait sees old contents, as it would on a device. A clock counts what queued work claims to take. Functions that need
+// Device memory is the process's own. What a stream is given is queued and done when something waits or asks again, and then no further
+// than that needs, so that a caller that does not wait sees old contents, as it would on a device, and a copy from the host reads what is
+// there late. A clock counts what queued work claims to take. Functions that need
 // a context fail without one on the calling thread. STUB_* variables and stub_set choose what goes wrong.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -71,9 +72,12 @@ int stub_enqueue(Work work, const void *data, size_t bytes, float us) {
     return OK;
 }
 
-static int drain(void) {
+// Does what is queued, until `done` is set if that is given; but now and then the device is quick and does everything.
+static int drain_until(const int *done) {
+    static unsigned turn;
     if (stuck) return NOT_READY;
-    while (queue.first) {
+    if (turn++ % 3 == 2) done = 0;
+    while (queue.first && !(done && *done)) {
         Op *op = queue.first;
         if (!(queue.first = op->next)) queue.last = &queue.first;
         if (!sticky) { op->work(op->data); clock_us += op->us; }
@@ -82,6 +86,7 @@ static int drain(void) {
     }
     return sticky;
 }
+static int drain(void) { return drain_until(0); }
 
 static __thread void *current;
 #define NEED_CONTEXT do { if (!current) return INVALID_CONTEXT; if (sticky) return sticky; } while (0)
@@ -278,25 +283,35 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *s) {
 }
 
 // Events.
-typedef struct { int recorded, done; float us; } Event;
-static void do_event(void *data) { Event *e = *(Event **)data; e->done = 1; e->us = clock_us; }
+// Recorded anew, an event is that of the last time.
+typedef struct { int recorded, times, asked, done; float us; } Event;
+static void do_event(void *data) { Event *e = *(Event **)data; e->done = !--e->times; e->us = clock_us; }
 int cuEventCreate(void **out, unsigned flags) { NEED_CONTEXT; *out = calloc(1, sizeof(Event)); return OK; }
 int cuEventDestroy_v2(void *event) { NEED_CONTEXT; drain(); free(event); return OK; }
 int cuEventRecord(void *event, void *s) {
     NEED_CONTEXT;
     Event *e = event;
     e->recorded = 1;
-    e->done = 0;
+    e->times++;
+    e->asked = e->done = 0;
     return stub_enqueue(do_event, &event, sizeof event, 0);
 }
 int cuEventQuery(void *event) {
     NEED_CONTEXT;
     Event *e = event;
-    if (!e->recorded || e->done) return OK;
-    int status = drain();
+    if (!e->recorded || e->done) return sticky;
+    // Not even begun at the first question: more may be queued behind it meanwhile.
+    if (!e->asked++) return NOT_READY;
+    int status = drain_until(&e->done);
     return status ? status : NOT_READY;
 }
-int cuEventSynchronize(void *event) { NEED_CONTEXT; NOT_IN_CAPTURE; waits++; return drain(); }
+int cuEventSynchronize(void *event) {
+    NEED_CONTEXT;
+    NOT_IN_CAPTURE;
+    waits++;
+    Event *e = event;
+    return e->recorded ? drain_until(&e->done) : OK;
+}
 int cuEventElapsedTime(float *ms, void *start, void *end) {
     NEED_CONTEXT;
     if (!((Event *)start)->done || !((Event *)end)->done) return NOT_READY;

@@ -159,3 +159,15 @@ fn whoever_comes_while_a_prompt_is_computed_is_in_the_next_step() {
     bench.finish(&mut [&mut long, &mut urgent]);
     [&long, &urgent].into_iter().for_each(|client| client.check(&PLAIN));
 }
+
+#[test]
+fn whoever_waits_for_a_place_has_it_when_the_last_token_of_another_is_on_its_way() {
+    let mut bench = Bench::new(EngineConfig { max_num_seqs: 1, ..config() });
+    bench.faults.computes_beside.store(true, Ordering::Relaxed);
+    let mut first = bench.submit(request(1, 8, 12));
+    let mut second = bench.submit(request(2, 8, 12));
+    bench.finish(&mut [&mut first, &mut second]);
+    [&first, &second].into_iter().for_each(|client| client.check(&PLAIN));
+    // Of each all decodes but the last are overtaken by the next, and the last of the first by the prompt of the second.
+    assert_eq!((computed(&bench), overtaken(&bench)), (24, 10 + 1 + 10));
+}
