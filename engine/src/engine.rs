@@ -135,7 +135,7 @@ impl Engine {
         let begin = self.shared.environment.clock.now();
         self.receive();
         self.poll_executor();
-        let ran = !self.stopping && self.group.is_ready() && self.run_step(begin);
+        let ran = !self.stopping && self.group.is_ready() && self.run_step(begin, settled);
         if self.stopping {
             self.release_all();
             return StepStatus::Stopped;

@@ -198,10 +198,15 @@ impl Outlet {
         }
     }
 
-    /// Whether the reader has room for the events of one more step, behind those of a step that is pending. When not, it wakes the step
-    /// thread once it has read.
-    pub(crate) fn has_room(&self, is_pending: bool) -> bool {
-        self.has_room_for(1 + usize::from(is_pending))
+    /// Whether nothing waits to be handed over.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.unsent.is_empty()
+    }
+
+    /// Whether the reader has room for the events of one more step, behind another message if one is still to go. When not, it wakes the
+    /// step thread once it has read.
+    pub(crate) fn has_room(&self, behind_another: bool) -> bool {
+        self.has_room_for(1 + usize::from(behind_another))
     }
 
     fn has_room_for(&self, messages: usize) -> bool {

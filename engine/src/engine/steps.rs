@@ -58,10 +58,11 @@ impl Engine {
         true
     }
 
-    /// Plans a step and begins it, or computes it; then finishes the one that it overtook. False when there was nothing to do.
-    pub(super) fn run_step(&mut self, begin: Instant) -> bool {
+    /// Plans a step and begins it, or computes it; then finishes the one that it overtook. `settled`: another was finished right before, and
+    /// what it brought goes out once this one is begun. False when there was nothing to do.
+    pub(super) fn run_step(&mut self, begin: Instant, settled: bool) -> bool {
         let overtaken = self.pending.take();
-        let schedule = self.plan_step();
+        let schedule = self.plan_step(settled);
         if schedule.keys.is_empty() {
             let Some(step) = overtaken else {
                 self.note_nothing_to_resume();
@@ -116,10 +117,12 @@ impl Engine {
         (started, targets)
     }
 
-    fn plan_step(&mut self) -> Schedule {
+    fn plan_step(&mut self, settled: bool) -> Schedule {
         let requests = &self.requests;
-        let has_room =
-            |sequence: &Sequence| requests[&sequence.key.serial].outlet.has_room(sequence.in_flight > 0);
+        let has_room = |sequence: &Sequence| {
+            let outlet = &requests[&sequence.key.serial].outlet;
+            outlet.has_room(sequence.in_flight > 0 || (settled && !outlet.is_flushed()))
+        };
         let mut schedule = self.scheduler.schedule(has_room);
         if !schedule.keys.is_empty() {
             schedule.plan.step = self.num_steps;

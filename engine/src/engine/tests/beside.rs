@@ -3,7 +3,6 @@
 use std::sync::mpsc;
 
 use super::*;
-use crate::error::RowError;
 
 fn bench() -> Bench {
     let bench = Bench::new(config());
@@ -90,7 +89,7 @@ fn a_row_after_the_last_token_of_a_choice_does_not_fail_the_others() {
     bench.step();
     bench.faults.bad_token.store(0, Ordering::Relaxed);
     bench.finish(&mut [&mut client]);
-    assert_eq!(client.outcome, Outcome::Completed, "{}", RowError::NotFinite);
+    assert_eq!(client.outcome, Outcome::Completed);
     assert_eq!(client.choices[1].tokens.len(), 20);
     assert!(bench.all_blocks_are_back());
 }
@@ -170,4 +169,20 @@ fn whoever_waits_for_a_place_has_it_when_the_last_token_of_another_is_on_its_way
     [&first, &second].into_iter().for_each(|client| client.check(&PLAIN));
     // Of each all decodes but the last are overtaken by the next, and the last of the first by the prompt of the second.
     assert_eq!((computed(&bench), overtaken(&bench)), (24, 10 + 1 + 10));
+}
+
+/// A step is planned only if its events, and those of the one that is pending, find room.
+#[test]
+fn what_was_drawn_for_a_slow_reader_is_not_lost_when_the_engine_stops() {
+    for stream_capacity in [1, 2, 3] {
+        let mut bench = Bench::with_stream_capacity(config(), stream_capacity);
+        bench.faults.computes_beside.store(true, Ordering::Relaxed);
+        let mut client = bench.submit(request(1, 8, 20));
+        bench.steps(10);
+        let drawn = bench.handle.snapshot().generation_tokens;
+        bench.handle.shutdown();
+        assert_eq!(bench.step(), StepStatus::Stopped);
+        client.read();
+        assert_eq!(client.num_tokens() as u64, drawn, "{stream_capacity} messages");
+    }
 }
