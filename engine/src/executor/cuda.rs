@@ -79,7 +79,7 @@ impl Executor for CudaExecutor {
 }
 
 /// Waits until a queued step is done; false if that takes too long.
-pub(crate) fn wait_for_device(step: &CudaStep, queued: &QueuedStep) -> Result<bool, CudaError> {
+fn wait_for_device(step: &CudaStep, queued: &QueuedStep) -> Result<bool, CudaError> {
     Pause::until(STEP_DEADLINE, || step.is_done(queued))
 }
 

@@ -271,7 +271,7 @@ impl GroupExecutor {
         to_all: bool,
     ) -> Result<BegunStep, ExecutorError> {
         let start = Instant::now();
-        let (kind, [with_rows, without]) = encode_step(plan, rows);
+        let (kind, with_rows, without) = encode_step(plan, rows, to_all);
         if with_rows.len() > MAX_MESSAGE {
             let message = format!(
                 "a step of {} bytes is more than ranks take, {MAX_MESSAGE}: fewer requests with long lists of tokens at once",
@@ -279,7 +279,7 @@ impl GroupExecutor {
             );
             return Err(ExecutorError { message, kind: ExecutorErrorKind::Step });
         }
-        self.broadcast(kind, &with_rows, if to_all { &with_rows } else { &without });
+        self.broadcast(kind, &with_rows, without.as_ref().unwrap_or(&with_rows));
         Ok(BegunStep { number: plan.step, num_tokens: plan.num_tokens(), start })
     }
 

@@ -291,15 +291,20 @@ impl ToRank {
 
 const STEP_KIND: u8 = 4;
 
-/// Kind of [`ToRank::Step`], and its payloads with rows and without; without the copies that its owned form would take.
-pub(crate) fn encode_step(plan: &StepPlan, rows: &[SampleRow<'_>]) -> (u8, [Vec<u8>; 2]) {
+/// Kind of [`ToRank::Step`], and its payloads with rows and, unless all ranks get these, without; without the copies that its owned form
+/// would take.
+pub(crate) fn encode_step(
+    plan: &StepPlan,
+    rows: &[SampleRow<'_>],
+    to_all: bool,
+) -> (u8, Vec<u8>, Option<Vec<u8>>) {
     let digest = plan.digest();
     let payload = |rows: &[SampleRow<'_>]| {
         let mut out = Encoder::new();
         put_step(plan, digest, rows, &mut out);
         out.into_bytes()
     };
-    (STEP_KIND, [payload(rows), payload(&[])])
+    (STEP_KIND, payload(rows), (!to_all).then(|| payload(&[])))
 }
 
 fn put_step(plan: &StepPlan, digest: u64, rows: &[SampleRow<'_>], out: &mut Encoder) {
@@ -457,10 +462,11 @@ mod tests {
         let rows = some_rows();
         let borrowed: Vec<SampleRow<'_>> = rows.iter().map(OwnedRow::borrow).collect();
         let step = ToRank::Step(Box::new(Step { plan: plan(), digest: plan().digest(), rows: some_rows() }));
-        let (kind, [first, others]) = encode_step(&plan(), &borrowed);
-        assert_eq!((kind, first), step.encode());
-        let (_, [same, _]) = encode_step(&plan(), &[]);
-        assert_eq!(others, same);
+        let (kind, first, others) = encode_step(&plan(), &borrowed, false);
+        assert_eq!((kind, first.clone()), step.encode());
+        let (_, same, _) = encode_step(&plan(), &[], true);
+        assert_eq!(others, Some(same));
+        assert_eq!(encode_step(&plan(), &borrowed, true), (kind, first, None));
     }
 
     /// Cut short, prolonged or changed, a message is an error or another message, never a panic.

@@ -1,5 +1,5 @@
-//! Tokens from logits that are on the device, and log-probabilities of tokens: rows and their lists go over in one copy, token ids and
-//! what was asked of them come back.
+//! Tokens from logits that are on the device, and log-probabilities of tokens: rows and their lists go over, token ids and what was asked
+//! of them come back.
 
 use std::sync::Arc;
 
@@ -140,11 +140,6 @@ impl Sampler {
         self.score_targets.clear();
         self.num_top = 0;
         self.is_plain = true;
-    }
-
-    /// Rows of this step so far.
-    pub fn num_rows(&self) -> usize {
-        self.rows.len()
     }
 
     /// Whether lists of these lengths fit beside those of the step so far, and one more row.
